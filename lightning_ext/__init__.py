@@ -1,0 +1,10 @@
+"""Batch size as a quantity that is measured, changed in flight and kept consistent."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("lightning_ext")
+except PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
+    __version__ = "0+unknown"
+
+__all__ = ["__version__"]

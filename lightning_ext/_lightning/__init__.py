@@ -1,0 +1,35 @@
+"""The only place that touches Lightning's private attributes, one file per concern."""
+
+from lightning_ext._lightning._lengths import epoch_end, sync_lengths
+from lightning_ext._lightning._loader import install_sampler, live_sampler, uninstall_sampler
+from lightning_ext._lightning._optimizer_steps import (
+    StepCounter,
+    gradient_scale,
+    step_gradient_scale,
+    steps_now,
+)
+from lightning_ext._lightning._random_state import random_state, restore_random_state
+from lightning_ext._lightning._resume import resume_position, sync_first_batch
+from lightning_ext._lightning._view import DistributedView, View, view
+from lightning_ext._lightning._window import BatchShare, batch_share
+
+__all__ = [
+    "BatchShare",
+    "DistributedView",
+    "StepCounter",
+    "View",
+    "batch_share",
+    "epoch_end",
+    "gradient_scale",
+    "install_sampler",
+    "live_sampler",
+    "random_state",
+    "restore_random_state",
+    "resume_position",
+    "step_gradient_scale",
+    "steps_now",
+    "sync_first_batch",
+    "sync_lengths",
+    "uninstall_sampler",
+    "view",
+]

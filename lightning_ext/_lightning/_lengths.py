@@ -1,0 +1,90 @@
+"""Keeps in step what Lightning remembers of the number of batches in an epoch.
+
+Private: ``fit_loop._combined_loader.limits`` and its ``_iterator.limits``,
+    ``fit_loop._data_fetcher.length``, ``fit_loop.max_batches``, ``trainer.val_check_batch``, the
+    totals of the two progress bars.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_ext._lightning._loader import live_sampler
+from lightning_ext.data import AdaptiveBatchSampler, EpochPlan
+
+
+def epoch_end(trainer: Trainer) -> int:
+    """Batches of the running epoch, ``limit_train_batches`` included."""
+    sampler = live_sampler(trainer)
+    if sampler is None:
+        return int(trainer.num_training_batches)
+    return _limited(trainer, sampler.plan)
+
+
+def sync_lengths(trainer: Trainer, num_batches: int | None = None) -> None:
+    """Tells every part of the Trainer how many batches the running epoch has.
+
+    Args:
+        trainer: The Trainer in fit.
+        num_batches: The number, by default what the sampler and ``limit_train_batches`` give.
+    """
+    total = epoch_end(trainer) if num_batches is None else num_batches
+    loop, combined = trainer.fit_loop, trainer.fit_loop._combined_loader
+    if combined is not None:
+        combined.limits = [total]
+        if combined._iterator is not None:
+            combined._iterator.limits = [total]
+    if loop._data_fetcher is not None:
+        loop._data_fetcher.length = total
+    loop.max_batches = total
+    _sync_validation(trainer, total)
+    _sync_progress_bar(trainer, total)
+
+
+def expect_batches(trainer: Trainer, sampler: AdaptiveBatchSampler) -> None:
+    """Sets the limits that the fetcher reads when it begins an epoch."""
+    combined = trainer.fit_loop._combined_loader
+    if combined is not None:
+        combined.limits = [_limited(trainer, sampler.plan)]
+
+
+def _limited(trainer: Trainer, plan: EpochPlan) -> int:
+    limit = trainer.limit_train_batches
+    if isinstance(limit, float) and len(plan.segments) > 1:
+        # A fraction means samples: as many as it was when the epoch began.
+        begun = plan.resized(0, *plan.segments[0][1:])
+        batches = int(begun.num_batches * limit)
+        return plan.batches_to_cover(begun.span(batches - 1)[1])
+    return int(_parse_num_batches(RunningStage.TRAINING, plan.num_batches, limit))
+
+
+def _sync_validation(trainer: Trainer, total: int) -> None:
+    interval = trainer.val_check_interval
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        return
+    if isinstance(interval, float):
+        trainer.val_check_batch = max(1, int(total * interval))
+    elif trainer.check_val_every_n_epoch is not None and interval > total and _validates(trainer):
+        rank_zero_warn(
+            f"val_check_interval={interval} counts batches, and this epoch now has {total}: it"
+            " ends without validation. Hint: give the interval as a fraction."
+        )
+
+
+def _validates(trainer: Trainer) -> bool:
+    return trainer.enable_validation and not math.isinf(trainer.val_check_batch or math.inf)
+
+
+def _sync_progress_bar(trainer: Trainer, total: int) -> None:
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, TQDMProgressBar) and bar._train_progress_bar is not None:
+        bar.train_progress_bar.total = total
+        bar.train_progress_bar.refresh()
+    if isinstance(bar, RichProgressBar) and bar.progress and bar.train_progress_bar_id is not None:
+        bar.progress.update(bar.train_progress_bar_id, total=total)

@@ -1,0 +1,70 @@
+"""Learning-rate schedules whose axis is samples, not steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class SampleSchedule(LRScheduler):
+    r"""Multiplies the learning rate by any function of the samples seen: :math:`\eta_0 f(s)`.
+
+    Each ``step`` adds ``samples_per_step``, which may be assigned between steps;
+    :class:`~lightning_ext.callbacks.AdaptiveBatchSize` does so, and the schedule keeps its
+    meaning while the global batch changes. Use it with ``interval="step"``.
+
+    Args:
+        optimizer: The wrapped optimizer.
+        fn: Factor of the initial learning rate as a function of samples seen, ``fn(0)`` first.
+        samples_per_step: Samples of one optimizer step (global batch).
+
+    Raises:
+        ValueError: ``samples_per_step`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lightning_ext.optim import SampleSchedule
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+        >>> schedule = SampleSchedule(optimizer, lambda s: 1 - s / 100, samples_per_step=10)
+        >>> optimizer.step(); schedule.step(); schedule.get_last_lr()
+        [0.9]
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, fn: Callable[[int], float], *, samples_per_step: int
+    ) -> None:
+        if samples_per_step < 1:
+            raise ValueError(f"samples_per_step was {samples_per_step}; it must be positive.")
+        self.fn = fn
+        self.samples_per_step = samples_per_step
+        self.samples_seen = -samples_per_step  # torch takes the first step in the constructor
+        super().__init__(optimizer)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Adds one step's samples and sets the learning rates."""
+        self.samples_seen += self.samples_per_step
+        super().step()
+
+    def get_lr(self) -> list[Any]:
+        """The learning rate of each group at the samples seen."""
+        factor = self.fn(self.samples_seen)
+        return [base_lr * factor for base_lr in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the optimizer and the function."""
+        return {key: value for key, value in super().state_dict().items() if key != "fn"}
+
+
+def sample_schedules(scheduler: object) -> Iterator[SampleSchedule]:
+    """Yields the sample schedules in a scheduler, those nested in a composite included.
+
+    Args:
+        scheduler: Any scheduler; ``SequentialLR`` and ``ChainedScheduler`` are looked into.
+    """
+    if isinstance(scheduler, SampleSchedule):
+        yield scheduler
+    for nested in getattr(scheduler, "_schedulers", ()):
+        yield from sample_schedules(nested)

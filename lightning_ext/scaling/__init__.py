@@ -1,0 +1,49 @@
+"""Numbers in, numbers out: rules and laws for learning rate, betas, EMA and batch size."""
+
+from lightning_ext.scaling._batch_rule import BatchRule, Observation, Proposal
+from lightning_ext.scaling._controller import BatchSplit, next_global_batch, split_global_batch
+from lightning_ext.scaling._ema import (
+    decay_to_half_life,
+    ema_decay,
+    ema_warmup,
+    half_life_to_decay,
+)
+from lightning_ext.scaling._hyperparameters import (
+    Hyperparameters,
+    scale_hyperparameters,
+    scale_step_count,
+)
+from lightning_ext.scaling._noise import (
+    BatchEfficiency,
+    NoiseScale,
+    batch_efficiency,
+    noise_scale,
+    noise_statistics,
+)
+from lightning_ext.scaling._rules import NoiseScaleRule, NormTest, parse_rule
+from lightning_ext.scaling._schedule import BatchSizeSchedule
+
+__all__ = [
+    "BatchEfficiency",
+    "BatchRule",
+    "BatchSizeSchedule",
+    "BatchSplit",
+    "Hyperparameters",
+    "NoiseScale",
+    "NoiseScaleRule",
+    "NormTest",
+    "Observation",
+    "Proposal",
+    "batch_efficiency",
+    "decay_to_half_life",
+    "ema_decay",
+    "ema_warmup",
+    "half_life_to_decay",
+    "next_global_batch",
+    "noise_scale",
+    "noise_statistics",
+    "parse_rule",
+    "scale_hyperparameters",
+    "scale_step_count",
+    "split_global_batch",
+]

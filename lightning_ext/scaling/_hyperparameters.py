@@ -1,0 +1,186 @@
+"""Optimizer hyper-parameters that belong to a batch κ times the reference batch.
+
+Source: linear, Goyal et al. 2017 (arXiv:1706.02677, section 2.1); sqrt, Krizhevsky 2014
+    (arXiv:1404.5997); sde, Malladi et al. 2022 (arXiv:2205.10287, the square root scaling rules
+    for RMSprop and Adam).
+Differs: the sde rule uses β^κ where the paper writes its first order 1 − κ(1 − β), which turns
+    negative for κ > 1/(1 − β) and does not compose. ``linear_samples`` is the linear rule for a
+    momentum that keeps its memory in samples: μ^κ, with the sum of a gradient's effects,
+    lr/(1 − μ), grown by κ. Weight decay follows one principle under every rule: lr·λ per sample
+    stays the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from lightning_ext.scaling._validate import (
+    Quantity,
+    require_fraction,
+    require_non_negative,
+    require_positive,
+)
+
+_RULES = ("none", "linear", "linear_samples", "sqrt", "sde")
+
+
+class Hyperparameters(NamedTuple):
+    """Hyper-parameters of one parameter group; ``None`` where the optimizer has no such field."""
+
+    lr: float
+    betas: tuple[float, ...] | None = None
+    momentum: float | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+
+
+def scale_hyperparameters(
+    kappa: float,
+    *,
+    rule: str,
+    lr: float,
+    betas: tuple[float, ...] | None = None,
+    momentum: float | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    reference_batch: float | None = None,
+    noise_scale: float | None = None,
+    gain: float | None = None,
+    saturation: float | None = None,
+) -> Hyperparameters:
+    """Scale the hyper-parameters of the reference batch to a batch κ times as large.
+
+    ==================  =======================  ===============  ============  ========
+    rule                lr                       decay rates      eps           λ
+    ==================  =======================  ===============  ============  ========
+    ``none``            lr                       as given         as given      λ·κ
+    ``linear``          lr·κ                     as given         as given      λ
+    ``linear_samples``  lr·κ·(1−μ^κ)/(1−μ)       μ^κ              as given      λ·(1−μ)/(1−μ^κ)
+    ``sqrt``            lr·√κ                    as given         as given      λ·√κ
+    ``sde``             lr·√κ                    β^κ              eps/√κ        λ·√κ
+    ==================  =======================  ===============  ============  ========
+
+    The last column is lr'·λ' = κ·lr·λ: the weights decay by the same amount per sample.
+
+    Args:
+        kappa: ``global_batch / reference_batch``; finite and above 0.
+        rule: one of the rules of the table.
+        lr: learning rate at the reference batch; at least 0.
+        betas: decay rates of Adam-like averages, any number of them, each in [0, 1]. RMSprop's
+            alpha goes in as ``(alpha,)``.
+        momentum: μ of a buffer ``b ← μ·b + g`` that the learning rate multiplies afterwards, as
+            in torch's SGD; in [0, 1].
+        eps: term added to the root of the second moment; at least 0.
+        weight_decay: λ of a decoupled decay, where the optimizer subtracts lr·λ·w. Do not pass
+            coupled L2 (a term λ·w in the gradient): it is part of the gradient and scales with it.
+        reference_batch: not used by these rules.
+        noise_scale: not used by these rules.
+        gain: not used by these rules.
+        saturation: not used by these rules.
+
+    Returns:
+        The scaled values; fields that were ``None`` stay ``None``, and κ = 1 returns the inputs.
+
+    Raises:
+        TypeError: if a value is not a number.
+        ValueError: if a value is out of range, the rule is unknown, lacks its input, or is given
+            an input that it does not use.
+
+    Example:
+        >>> scale_hyperparameters(4.0, rule="sde", lr=1e-3, eps=1e-8).lr
+        0.002
+    """
+    later = {
+        "reference_batch": reference_batch,
+        "noise_scale": noise_scale,
+        "gain": gain,
+        "saturation": saturation,
+    }
+    rates = None if betas is None else tuple(betas)
+    given = Hyperparameters(lr, rates, momentum, eps, weight_decay)
+    _check(kappa, rule, given, later)
+    return given if kappa == 1 else _scaled(kappa, rule, given)
+
+
+def scale_step_count(step: Quantity, kappa: float) -> Quantity:
+    """Restate a count of optimizer steps in steps of a batch κ times as large.
+
+    step' = step / κ, so that (β^κ)^step' = β^step: an optimizer that corrects the bias of its
+    averages by 1 − β^step goes on as if nothing had happened when β becomes β^κ.
+
+    Args:
+        step: steps taken so far; a number or a tensor. It must be able to hold fractions.
+        kappa: new global batch over old global batch; finite and above 0.
+
+    Returns:
+        The count in the new unit, of the type of ``step``.
+
+    Raises:
+        TypeError: if ``kappa`` is not a number.
+        ValueError: if ``kappa`` is not finite and above 0.
+
+    Example:
+        >>> scale_step_count(50.0, 4)
+        12.5
+    """
+    require_positive("kappa", kappa)
+    scaled: Quantity = step / kappa
+    return scaled
+
+
+def _scaled(kappa: float, rule: str, given: Hyperparameters) -> Hyperparameters:
+    lr, betas, momentum, eps, weight_decay = given
+    factor = _lr_factor(kappa, rule, momentum)
+    if rule == "sde":
+        betas = None if betas is None else tuple(beta**kappa for beta in betas)
+        eps = None if eps is None else eps / math.sqrt(kappa)
+    if rule == "linear_samples" and momentum is not None:
+        momentum = momentum**kappa
+    if weight_decay is not None:
+        weight_decay = weight_decay * (kappa / factor)
+    return Hyperparameters(lr * factor, betas, momentum, eps, weight_decay)
+
+
+def _lr_factor(kappa: float, rule: str, momentum: float | None) -> float:
+    if rule == "none":
+        return 1.0
+    if rule == "linear":
+        return kappa
+    if rule == "linear_samples" and momentum is not None:
+        return kappa * _geometric_sum(momentum, kappa)
+    return math.sqrt(kappa)
+
+
+def _geometric_sum(momentum: float, kappa: float) -> float:
+    """Return (1 − μ^κ)/(1 − μ), which is 1 at μ = 0 and tends to κ as μ → 1."""
+    if momentum == 0:
+        return 1.0
+    if momentum == 1:
+        return kappa
+    # expm1 and log keep the digits that 1 − μ**κ loses next to μ = 1.
+    return -math.expm1(kappa * math.log1p(momentum - 1)) / (1 - momentum)
+
+
+def _check(kappa: float, rule: str, given: Hyperparameters, later: dict[str, float | None]) -> None:
+    require_positive("kappa", kappa)
+    if rule not in _RULES:
+        raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(_RULES)}")
+    require_non_negative("lr", given.lr)
+    for index, beta in enumerate(given.betas or ()):
+        require_fraction(f"betas[{index}]", beta)
+    if given.momentum is not None:
+        require_fraction("momentum", given.momentum)
+    for name, value in (("eps", given.eps), ("weight_decay", given.weight_decay)):
+        if value is not None:
+            require_non_negative(name, value)
+    unused = [name for name, value in later.items() if value is not None]
+    if unused:
+        raise ValueError(
+            f"rule={rule!r} does not use {', '.join(unused)}; leave out what the rule does not use"
+        )
+    if rule == "linear_samples" and given.momentum is None:
+        raise ValueError(
+            "rule='linear_samples' needs momentum=, the μ that becomes μ^κ; without momentum use "
+            "rule='linear'"
+        )
