@@ -1,5 +1,6 @@
 """The only place that touches Lightning's private attributes, one file per concern."""
 
+from lightning_ext._lightning._export import export_with
 from lightning_ext._lightning._lengths import epoch_end, sync_lengths
 from lightning_ext._lightning._loader import install_sampler, live_sampler, uninstall_sampler
 from lightning_ext._lightning._optimizer_steps import (
@@ -11,7 +12,7 @@ from lightning_ext._lightning._optimizer_steps import (
 from lightning_ext._lightning._random_state import random_state, restore_random_state
 from lightning_ext._lightning._resume import resume_position, sync_first_batch
 from lightning_ext._lightning._view import DistributedView, View, view
-from lightning_ext._lightning._window import BatchShare, batch_share
+from lightning_ext._lightning._window import BatchShare, batch_share, reference_batch
 
 __all__ = [
     "BatchShare",
@@ -20,10 +21,12 @@ __all__ = [
     "View",
     "batch_share",
     "epoch_end",
+    "export_with",
     "gradient_scale",
     "install_sampler",
     "live_sampler",
     "random_state",
+    "reference_batch",
     "restore_random_state",
     "resume_position",
     "step_gradient_scale",

@@ -8,6 +8,7 @@ Private: ``fit_loop._combined_loader.limits`` and its ``_iterator.limits``,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -25,6 +26,12 @@ def epoch_end(trainer: Trainer) -> int:
     if sampler is None:
         return int(trainer.num_training_batches)
     return _limited(trainer, sampler.plan)
+
+
+def epoch_is_open(trainer: Trainer) -> bool:
+    """Whether an epoch has begun and is not yet over, or counted as over."""
+    counts: Any = trainer.fit_loop.epoch_progress.current
+    return bool(counts.ready == counts.started and counts.processed < counts.started)
 
 
 def sync_lengths(trainer: Trainer, num_batches: int | None = None) -> None:

@@ -15,8 +15,13 @@ from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSourc
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
-from torch.utils.data import SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ext.data import AdaptiveBatchSampler
@@ -41,7 +46,7 @@ class _AdaptiveSource(_DataLoaderSource):
         if not isinstance(loaded, CombinedLoader):
             loaded = CombinedLoader(loaded, "max_size_cycle")
         loader = _adapted(self.trainer, _only_loader(loaded.flattened))
-        sampler = loader.batch_sampler
+        sampler: Any = loader.batch_sampler
         _continue_from(self.previous, sampler)
         if self.previous is None:
             self.prepare(sampler)
@@ -60,9 +65,10 @@ def install_sampler(trainer: Trainer, prepare: Prepare) -> None:
     Raises:
         MisconfigurationException: Now or when the loader is known: what cannot be replaced.
     """
-    if trainer.overfit_batches > 0:
+    overfit = vars(trainer)["overfit_batches"]  # set by a connector, not declared
+    if overfit > 0:
         raise MisconfigurationException(
-            f"overfit_batches={trainer.overfit_batches} replaces the sampler, so the batch size"
+            f"overfit_batches={overfit} replaces the sampler, so the batch size"
             " cannot change. Hint: use limit_train_batches."
         )
     source = trainer.fit_loop._data_source

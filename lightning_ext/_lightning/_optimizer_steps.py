@@ -41,6 +41,11 @@ class StepCounter:
         self.count = 0
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
+    def take(self) -> int:
+        """Steps since the last call."""
+        taken, self.count = self.count, 0
+        return taken
+
     def detach(self) -> None:
         """Stops counting."""
         self._handle.remove()

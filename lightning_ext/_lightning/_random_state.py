@@ -24,8 +24,10 @@ def random_state(trainer: Trainer) -> list[dict[str, Any]]:
     return states
 
 
-def restore_random_state(trainer: Trainer, states: list[dict[str, Any]]) -> None:
-    """Sets this rank's generators as they were saved."""
+def restore_random_state(trainer: Trainer, states: list[dict[str, Any]] | None) -> None:
+    """Sets this rank's generators as they were saved, if they were."""
+    if states is None:
+        return
     seen = view(trainer)
     if len(states) != seen.data_parallel_size:
         rank_zero_warn(

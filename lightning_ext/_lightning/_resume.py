@@ -11,7 +11,12 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_ext._lightning._lengths import epoch_end, expect_batches, sync_lengths
+from lightning_ext._lightning._lengths import (
+    epoch_end,
+    epoch_is_open,
+    expect_batches,
+    sync_lengths,
+)
 from lightning_ext._lightning._loader import live_sampler
 from lightning_ext.data import AdaptiveBatchSampler
 
@@ -47,8 +52,7 @@ def resume_position(
     restore_generators()
     sync_lengths(trainer)
     _validate_if_due(trainer)
-    progress = loop.epoch_progress.current
-    if progress.processed == progress.started:
+    if not epoch_is_open(trainer):
         sampler.next_epoch()
         _draw_iterator(trainer, sampler)
 
@@ -87,8 +91,8 @@ def _validate_if_due(trainer: Trainer) -> None:
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     if fetcher is None or not loop.restarted_on_train_batch_end:
         return
-    epochs = trainer.fit_loop.epoch_progress.current
-    closed = epochs.processed == epochs.started  # counted as over while it is being resumed
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    closed = not epoch_is_open(trainer)  # its last batch counts as its end while being resumed
     epochs.processed -= closed
     if loop._should_check_val_fx(fetcher):
         stepped = loop._batches_that_stepped

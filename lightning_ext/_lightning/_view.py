@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_ext import functional
-from lightning_ext._lightning._lengths import epoch_end, sync_lengths
+from lightning_ext._lightning._lengths import epoch_end, epoch_is_open, sync_lengths
 from lightning_ext._lightning._loader import live_sampler
 
 
@@ -90,15 +90,23 @@ class View:
         Raises:
             MisconfigurationException: A gradient would be cut or mixed here.
         """
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        unaligned = done % accumulate or done % self.accumulate
-        if unaligned and done != epoch_end(self.trainer):
+        if accumulate != self.accumulate and not self._between_windows(accumulate):
             raise MisconfigurationException(
                 f"accumulate_grad_batches cannot change from {self.accumulate} to {accumulate}"
-                f" after {done} batches: allowed is a common multiple of both, or the end of an"
-                " epoch. Hint: ask AdaptiveBatchSampler.resize for the batch at which to change."
+                " here: a gradient would be cut. Allowed is a batch that is a multiple of both, or"
+                " the end of an epoch. Hint: AdaptiveBatchSampler.resize returns such a batch."
             )
         self.trainer.accumulate_grad_batches = accumulate
+
+    def _between_windows(self, accumulate: int) -> bool:
+        loop = self.trainer.fit_loop
+        batches = loop.epoch_loop.batch_progress
+        if not epoch_is_open(self.trainer):
+            return True
+        done = batches.current.ready
+        aligned = done % accumulate == 0 and done % self.accumulate == 0
+        accumulated = any(p.grad is not None for _, p in self.local_parameters())
+        return aligned or batches.is_last_batch or not accumulated
 
     def set_micro_batch(self, micro_batch: int, *, accumulate: int | None = None) -> int | None:
         """Asks the train loader's sampler for another size, from the next whole window on.

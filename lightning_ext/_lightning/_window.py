@@ -18,11 +18,13 @@ class BatchShare(NamedTuple):
     Args:
         local: Samples on this rank; 0 where it repeats another rank's sample.
         across_ranks: Samples on all data-parallel ranks.
+        window: Samples on all ranks in all batches of the optimizer step.
         loss_weight: Factor by which this rank's loss is multiplied.
     """
 
     local: int
     across_ranks: int
+    window: int
     loss_weight: float
 
 
@@ -35,9 +37,26 @@ def batch_share(trainer: Trainer, batch: Any, batch_idx: int) -> BatchShare:
         batch_idx: Index of the batch in the epoch.
     """
     sampler = live_sampler(trainer)
-    if sampler is None:
+    if sampler is None or not sampler.tracked:
         local = extract_batch_size(batch)
-        return BatchShare(local, local * view(trainer).data_parallel_size, 1.0)
+        ranks = view(trainer).data_parallel_size
+        return BatchShare(
+            local, local * ranks, local * ranks * trainer.accumulate_grad_batches, 1.0
+        )
     share = sampler.share(batch_idx, epoch_end(trainer))
     weight = share.loss_weight(rescale_last_window=sampler.rescale_last_window)
-    return BatchShare(share.local, share.across_ranks, weight)
+    return BatchShare(share.local, share.across_ranks, share.window, weight)
+
+
+def reference_batch(trainer: Trainer, batch: Any) -> int:
+    """The global batch that the user's hyper-parameters belong to.
+
+    Args:
+        trainer: The Trainer in fit.
+        batch: The first batch of the first fit.
+    """
+    sampler = live_sampler(trainer)
+    if sampler is not None and sampler.reference_batch is not None:
+        return sampler.reference_batch
+    ranks = view(trainer).data_parallel_size
+    return extract_batch_size(batch) * ranks * trainer.accumulate_grad_batches

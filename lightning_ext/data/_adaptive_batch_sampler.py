@@ -50,7 +50,10 @@ class AdaptiveBatchSampler(BatchSampler):
         [[2, 3, 4], [5, 6]]
     """
 
+    # Notes of whoever trains with it.
     rescale_last_window = True
+    reference_batch: int | None = None
+    tracked = False  # True: `consume` counts; False: what was handed out counts as consumed
 
     def __init__(
         self,
@@ -66,10 +69,9 @@ class AdaptiveBatchSampler(BatchSampler):
         _check_positive("batch_size", batch_size)
         if isinstance(sampler, DistributedSampler):
             num_replicas, rank = sampler.num_replicas, sampler.rank
-        self.sampler = _ordering(sampler, seed)
+        self.sampler: Any = _ordering(sampler, seed)
         self.drop_last = bool(drop_last)
         self.interleave = interleave
-        self.tracked = False  # True: `consume` counts; else what was handed out counts as consumed
         self._epoch = 0
         self._order: list[int] | None = None
         self._start = self._handed = self._consumed = 0
@@ -277,7 +279,8 @@ def _ordering(sampler: Sampler[int] | Iterable[int], seed: int | None) -> Any:
         )
     if isinstance(sampler, DistributedSampler):
         chosen = sampler.seed if seed is None else seed
-        return SeededPermutation(len(sampler.dataset), chosen, shuffle=sampler.shuffle)
+        dataset: Any = sampler.dataset
+        return SeededPermutation(len(dataset), chosen, shuffle=sampler.shuffle)
     if seed is None or isinstance(sampler, SeededPermutation):
         return sampler
     if isinstance(sampler, RandomSampler) and not sampler.replacement:

@@ -22,7 +22,7 @@ class Share(NamedTuple):
         local: Samples of this rank in this batch.
         across_ranks: Samples of all ranks in this batch.
         window: Samples of all ranks in all batches of the optimizer step.
-        accumulate: Batches that the step was planned with; the last step of an epoch may have fewer.
+        accumulate: Batches that the step was planned with; the last one may have fewer.
         data_parallel_size: Ranks.
     """
 
@@ -85,11 +85,15 @@ class EpochPlan:
         """Batches in the epoch, those before ``first_batch`` included."""
         per_batch = self.last.micro_batch * self.data_parallel_size
         left = self.num_samples - self._offset(self.last.start)
-        return self.last.start + (left // per_batch if self.drop_last else math.ceil(left / per_batch))
+        return self.last.start + (
+            left // per_batch if self.drop_last else math.ceil(left / per_batch)
+        )
 
     def segment(self, batch_idx: int) -> Segment:
         """The sizes in force at a batch."""
-        return next(s for s in reversed(self.segments) if s.start <= max(batch_idx, self.first_batch))
+        return next(
+            s for s in reversed(self.segments) if s.start <= max(batch_idx, self.first_batch)
+        )
 
     def span(self, batch_idx: int) -> tuple[int, int]:
         """First and one-past-last position, in the epoch's order, of a batch over all ranks."""
@@ -104,7 +108,7 @@ class EpochPlan:
         return whole + (rank < rest)
 
     def share(self, batch_idx: int, rank: int, num_batches: int | None = None) -> Share:
-        """What a rank's batch contributes to its step; ``num_batches`` is where the epoch is cut."""
+        """What a rank's batch contributes to its step; the epoch is cut at ``num_batches``."""
         accumulate = self.segment(batch_idx).accumulate
         first, end = self.window(batch_idx, num_batches)
         begin, stop = self.span(batch_idx)
@@ -135,7 +139,9 @@ class EpochPlan:
         ``(batch_idx + 1) % K == 0``: only a common multiple keeps every gradient whole.
         """
         common = math.lcm(self.last.accumulate, accumulate)
-        return max(math.ceil(at_least / common) * common, math.ceil(self.last.start / common) * common)
+        return max(
+            math.ceil(at_least / common) * common, math.ceil(self.last.start / common) * common
+        )
 
     def resized(self, start: int, micro_batch: int, accumulate: int) -> EpochPlan:
         """The plan with new sizes from batch ``start`` to the end."""

@@ -29,7 +29,9 @@ class SampleSchedule(LRScheduler):
         >>> from lightning_ext.optim import SampleSchedule
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
         >>> schedule = SampleSchedule(optimizer, lambda s: 1 - s / 100, samples_per_step=10)
-        >>> optimizer.step(); schedule.step(); schedule.get_last_lr()
+        >>> optimizer.step()
+        ... schedule.step()
+        ... schedule.get_last_lr()
         [0.9]
     """
 

@@ -55,8 +55,8 @@ def half_life_to_decay(half_life_samples: float, global_batch: float) -> float:
         ValueError: if a value is out of range.
 
     Example:
-        >>> half_life_to_decay(half_life_samples=1024, global_batch=512) ** 2
-        0.5000000000000001
+        >>> half_life_to_decay(half_life_samples=1024, global_batch=1024)
+        0.5
     """
     require_number("half_life_samples", half_life_samples)
     require_positive("global_batch", global_batch)

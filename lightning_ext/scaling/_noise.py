@@ -185,9 +185,11 @@ def _check_options(confidence: float, smoothing: float) -> None:
 
 
 def _ratio(trace: float, sq_norm: float) -> float:
-    if sq_norm > 0 and math.isfinite(sq_norm) and math.isfinite(trace):
+    if not (math.isfinite(sq_norm) and math.isfinite(trace)):
+        return math.nan
+    if sq_norm > 0:
         return trace / sq_norm
-    return math.inf if sq_norm <= 0 < trace < math.inf else math.nan
+    return math.inf if trace > 0 else math.nan
 
 
 def _interval(points: Array, weights: Array, confidence: float) -> tuple[float, float]:

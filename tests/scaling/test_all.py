@@ -131,11 +131,14 @@ CONTRACTS = {
         # Karras et al. 2020 (StyleGAN2-ADA): half-life of 500k images at batch 64.
         published=lambda: half_life_to_decay(500_000, 64) == pytest.approx(0.99991128),
         composes=lambda: (
-            half_life_to_decay(1e6, 64 * 8) == pytest.approx(ema_decay(half_life_to_decay(1e6, 64), 8))
+            half_life_to_decay(1e6, 64 * 8)
+            == pytest.approx(ema_decay(half_life_to_decay(1e6, 64), 8))
         ),
     ),
     "decay_to_half_life": Contract(
-        identity=lambda: decay_to_half_life(half_life_to_decay(777.0, 64), 64) == pytest.approx(777),
+        identity=lambda: (
+            decay_to_half_life(half_life_to_decay(777.0, 64), 64) == pytest.approx(777)
+        ),
         # ln 2/(1 − ρ) steps to first order: 693 steps for 0.999.
         published=lambda: decay_to_half_life(0.999, 1) == pytest.approx(692.8, abs=0.05),
         composes=lambda: (
@@ -204,7 +207,9 @@ CONTRACTS = {
         composes="the limit on one change makes two changes go farther than one",
     ),
     "split_global_batch": Contract(
-        identity=lambda: split_global_batch(64, data_parallel_size=1, max_micro_batch=64) == (64, 1),
+        identity=lambda: (
+            split_global_batch(64, data_parallel_size=1, max_micro_batch=64) == (64, 1)
+        ),
         # Goyal et al. 2017: 8192 images on 256 GPUs are 32 each.
         published=lambda: (
             split_global_batch(8192, data_parallel_size=256, max_micro_batch=32) == (32, 1)

@@ -72,9 +72,7 @@ def test_absent_fields_stay_absent() -> None:
 @pytest.mark.parametrize("name", ["reference_batch", "noise_scale", "gain", "saturation"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kappa", [1, 2])
-def test_an_input_that_the_rule_does_not_use_is_refused(
-    rule: str, name: str, kappa: float
-) -> None:
+def test_an_input_that_the_rule_does_not_use_is_refused(rule: str, name: str, kappa: float) -> None:
     with pytest.raises(ValueError, match=name):
         scale_hyperparameters(kappa, rule=rule, lr=1.0, momentum=0.9, **{name: 64.0})
 

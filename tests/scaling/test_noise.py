@@ -136,8 +136,7 @@ def test_more_confidence_gives_a_wider_interval() -> None:
     rng = np.random.default_rng(0)
     history = _history(rng.normal(1, 0.1, 100), rng.normal(64, 9, 100))
     widths = [
-        got.high - got.low
-        for got in (noise_scale(history, confidence=c) for c in (0.5, 0.9, 0.99))
+        got.high - got.low for got in (noise_scale(history, confidence=c) for c in (0.5, 0.9, 0.99))
     ]
     assert widths == sorted(widths)
     assert widths[0] > 0

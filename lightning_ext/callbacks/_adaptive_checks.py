@@ -1,0 +1,109 @@
+"""What AdaptiveBatchSize looks for in a Trainer before it starts."""
+
+from __future__ import annotations
+
+from weakref import WeakSet
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_ext._lightning import view
+from lightning_ext.callbacks._batch_controller import BatchController
+from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
+
+_warned: WeakSet[LightningModule] = WeakSet()
+
+
+def check_fit(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    controller: BatchController,
+    max_samples: int | None,
+    tokens_per_sample: int | None,
+) -> None:
+    """Refuses settings that do not fit together.
+
+    Raises:
+        MisconfigurationException: With what was set, what is allowed, and a hint.
+    """
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "AdaptiveBatchSize changes accumulate_grad_batches, which manual optimization"
+            " (automatic_optimization=False) does not use. Hint: let the Trainer call the"
+            " optimizer."
+        )
+    if any(isinstance(c, GradientAccumulationScheduler) for c in _callbacks(trainer)):
+        raise MisconfigurationException(
+            "GradientAccumulationScheduler and AdaptiveBatchSize would both set"
+            " accumulate_grad_batches. Hint: give AdaptiveBatchSize a schedule and leave the other"
+            " out."
+        )
+    ranks, passes = view(trainer).data_parallel_size, trainer.accumulate_grad_batches
+    if controller.rule.needs_noise and ranks * passes < 2:
+        raise MisconfigurationException(
+            f"{controller.rule} needs a global batch of at least two parts; there are"
+            f" accumulate_grad_batches={passes} and {ranks} data-parallel rank. Hint:"
+            " Trainer(accumulate_grad_batches=2)."
+        )
+    _check_unit(getattr(controller.rule, "unit", "samples"), max_samples, tokens_per_sample)
+    if controller.max_micro_batch is not None:
+        warn_batch_norm(pl_module)
+
+
+def _check_unit(unit: str, max_samples: int | None, tokens_per_sample: int | None) -> None:
+    if unit == "percent" and max_samples is None:
+        raise MisconfigurationException(
+            "A schedule in percent needs to know of how much. Hint: set max_samples."
+        )
+    if unit == "tokens" and tokens_per_sample is None:
+        raise MisconfigurationException(
+            "A schedule in tokens needs to count them. Hint: set tokens_per_sample."
+        )
+
+
+def the_noise_scale(trainer: Trainer, owner: Callback) -> GradientNoiseScale:
+    """The one GradientNoiseScale of the Trainer, made if there is none.
+
+    Raises:
+        MisconfigurationException: There are several.
+    """
+    present = _callbacks(trainer)
+    found = [c for c in present if isinstance(c, GradientNoiseScale)]
+    if len(found) > 1:
+        raise MisconfigurationException(
+            f"There are {len(found)} GradientNoiseScale callbacks. Hint: say which one decides,"
+            " AdaptiveBatchSize(..., source=that_one)."
+        )
+    if not found:
+        found = [GradientNoiseScale()]
+        present.insert(present.index(owner) + 1, found[0])
+    return found[0]
+
+
+def warn_batch_norm(pl_module: LightningModule) -> None:
+    """Warns, once for a module, that batch normalization will see another batch size."""
+    layers = [name for name, layer in pl_module.named_modules() if isinstance(layer, _BatchNorm)]
+    if layers and pl_module not in _warned:
+        _warned.add(pl_module)
+        rank_zero_warn(
+            f"The micro-batch may change, and with it the statistics batch of {len(layers)} batch"
+            f" normalization layers (the first is {layers[0]!r}). Hint: leave max_micro_batch at"
+            " None, so that only accumulation changes, or use GroupNorm or LayerNorm."
+        )
+
+
+def define_wandb_axis(trainer: Trainer) -> None:
+    """Puts the samples seen on the x-axis of a W&B run."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            logger.experiment.define_metric("samples_seen")
+            logger.experiment.define_metric("*", step_metric="samples_seen")
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = vars(trainer)["callbacks"]  # set by a connector, not declared
+    return callbacks

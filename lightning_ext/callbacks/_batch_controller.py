@@ -1,0 +1,123 @@
+"""From what a rule proposes to the sizes that the Trainer can run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_ext.scaling import (
+    BatchRule,
+    BatchSplit,
+    Observation,
+    Proposal,
+    next_global_batch,
+    split_global_batch,
+)
+
+_DWELL_STEPS = 16
+
+
+class Decision(NamedTuple):
+    """What to change to, and why."""
+
+    global_batch: int
+    proposal: Proposal
+
+
+@dataclass
+class BatchController:
+    """Limits and hysteresis around a rule.
+
+    A rule that reads no noise (a schedule) is followed to the letter, within ``max_global_batch``;
+    growth, threshold, dwell and monotone damp what is estimated.
+    """
+
+    rule: BatchRule
+    max_global_batch: int
+    max_micro_batch: int | None = None
+    growth: float = 2.0
+    dwell_samples: int | None = None
+    threshold: float = 0.2
+    monotone: bool = True
+    start: BatchSplit = field(default_factory=lambda: BatchSplit(1, 1))
+    data_parallel_size: int = 1
+    warned: bool = False
+
+    def bind(self, start: BatchSplit, data_parallel_size: int) -> None:
+        """Fixes the sizes that training starts with, the smallest accumulation among them.
+
+        Raises:
+            MisconfigurationException: A limit is below them.
+        """
+        self.start, self.data_parallel_size = start, data_parallel_size
+        begins = self.global_batch(start)
+        if begins > self.max_global_batch:
+            raise MisconfigurationException(
+                f"max_global_batch={self.max_global_batch} is below the batch that training starts"
+                f" with: {start.micro_batch} × {start.accumulate} × {data_parallel_size} ranks ="
+                f" {begins}. Hint: raise the limit, or start with a smaller micro-batch."
+            )
+        if self.max_micro_batch is not None and self.max_micro_batch < start.micro_batch:
+            raise MisconfigurationException(
+                f"max_micro_batch={self.max_micro_batch} is below the loader's batch size,"
+                f" {start.micro_batch}. Hint: raise the limit, or lower the loader's batch size."
+            )
+
+    def global_batch(self, split: BatchSplit) -> int:
+        """Samples per optimizer step."""
+        return split.micro_batch * split.accumulate * self.data_parallel_size
+
+    def dwells(self, global_batch: int, samples_since_change: int) -> bool:
+        """Whether it is too early for another change."""
+        if not self.rule.needs_noise:
+            return False
+        wait = self.dwell_samples
+        return samples_since_change < (_DWELL_STEPS * global_batch if wait is None else wait)
+
+    def decide(self, observation: Observation) -> Decision | None:
+        """Asks the rule; ``None`` where it has no opinion."""
+        proposal = self.rule.propose(observation)
+        if proposal is None:
+            return None
+        estimated = self.rule.needs_noise
+        target = next_global_batch(
+            observation.global_batch,
+            proposal.target_batch,
+            max_global_batch=max(self.max_global_batch, observation.global_batch),
+            growth=self.growth if estimated else math.inf,
+            threshold=self.threshold if estimated else 0.0,
+            monotone=self.monotone and estimated,
+        )
+        return Decision(min(target, self.max_global_batch), proposal)
+
+    def split(self, global_batch: int) -> BatchSplit:
+        """Micro-batch and accumulation for a global batch, rounded down to what can be made."""
+        found = self._split(max(global_batch, self.start.accumulate * self.data_parallel_size))
+        made = self.global_batch(found)
+        if made != global_batch and not self.rule.needs_noise and not self.warned:
+            self.warned = True
+            rank_zero_warn(
+                f"A global batch of {global_batch} cannot be made of {self.data_parallel_size}"
+                f" ranks × micro-batches of at most {self._max_micro_batch}: {made} is used,"
+                " and other sizes are rounded in the same way."
+            )
+        return found
+
+    @property
+    def _max_micro_batch(self) -> int:
+        return self.start.micro_batch if self.max_micro_batch is None else self.max_micro_batch
+
+    def _split(self, global_batch: int) -> BatchSplit:
+        per_pass = self.start.micro_batch * self.data_parallel_size
+        if self.max_micro_batch is None and global_batch >= per_pass * self.start.accumulate:
+            return BatchSplit(self.start.micro_batch, global_batch // per_pass)
+        return split_global_batch(
+            global_batch,
+            data_parallel_size=self.data_parallel_size,
+            max_micro_batch=self._max_micro_batch,
+            min_accumulate=self.start.accumulate,
+        )
