@@ -2,5 +2,15 @@
 
 from harness._accuracy import assert_accurate
 from harness._distributed import run_distributed
+from harness._fits import Classifier, dataset, fit, loader, same_weights, trainer
 
-__all__ = ["assert_accurate", "run_distributed"]
+__all__ = [
+    "Classifier",
+    "assert_accurate",
+    "dataset",
+    "fit",
+    "loader",
+    "run_distributed",
+    "same_weights",
+    "trainer",
+]
