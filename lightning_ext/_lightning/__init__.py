@@ -10,7 +10,11 @@ from lightning_ext._lightning._optimizer_steps import (
     steps_now,
 )
 from lightning_ext._lightning._random_state import random_state, restore_random_state
-from lightning_ext._lightning._resume import resume_position, sync_first_batch
+from lightning_ext._lightning._resume import (
+    resume_position,
+    step_plateau_schedulers,
+    sync_first_batch,
+)
 from lightning_ext._lightning._view import DistributedView, View, view
 from lightning_ext._lightning._window import BatchShare, batch_share, reference_batch
 
@@ -30,6 +34,7 @@ __all__ = [
     "restore_random_state",
     "resume_position",
     "step_gradient_scale",
+    "step_plateau_schedulers",
     "steps_now",
     "sync_first_batch",
     "sync_lengths",

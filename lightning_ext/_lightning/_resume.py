@@ -1,7 +1,7 @@
 """Goes on from a checkpoint with the very next sample and the very next random number.
 
-Private: ``fit_loop._data_fetcher``, ``fit_loop.epoch_progress``, ``fit_loop.epoch_loop`` with its
-    restart stage, ``val_loop``, ``_batches_that_stepped``, and the loader protocol ``_Stateful``.
+Private: ``fit_loop._data_fetcher``, ``epoch_progress``, the restart stages of ``fit_loop``,
+    ``epoch_loop`` and ``val_loop``, ``_batches_that_stepped``, the loader protocol ``_Stateful``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loops.evaluation_loop import RestartStage
 
 from lightning_ext._lightning._lengths import (
     epoch_end,
@@ -30,8 +31,8 @@ def resume_position(
 
     To be called in ``on_train_start``. Lightning has by then drawn an iterator, and with it a
     random number, before anything was restored. Inside an epoch the iterator is drawn again and
-    the generators restored after that; at the end of one the generators come first, since the
-    uninterrupted run draws its iterator after the checkpoint.
+    the generators restored after that; at the end of one the loop is made to begin the next epoch
+    as it always does, iterator included.
 
     Args:
         trainer: The Trainer in ``on_train_start``.
@@ -42,19 +43,18 @@ def resume_position(
     if sampler is None:
         return
     sampler.load_state_dict(position or _position_at(sampler, loop.epoch_loop.batch_idx + 1))
-    _claim_resumable(trainer, sampler)
     if sampler.consumed < epoch_end(trainer):
+        _claim_resumable(trainer, sampler)
         _draw_iterator(trainer, sampler)
         restore_generators()
         sync_lengths(trainer)
-        _validate_if_due(trainer)
+        _owe_validation(trainer)
         return
     restore_generators()
     sync_lengths(trainer)
-    _validate_if_due(trainer)
     if not epoch_is_open(trainer):
+        _finish_epoch(trainer)
         sampler.next_epoch()
-        _draw_iterator(trainer, sampler)
 
 
 def sync_first_batch(trainer: Trainer) -> None:
@@ -86,17 +86,56 @@ def _claim_resumable(trainer: Trainer, sampler: AdaptiveBatchSampler) -> None:
         loader.__dict__ |= {name: getattr(sampler, name) for name in _STATEFUL}
 
 
-def _validate_if_due(trainer: Trainer) -> None:
-    """Runs the validation that followed the saved step, which Lightning leaves out on resume."""
+def _saved_after_step(trainer: Trainer) -> bool:
+    """Whether the checkpoint was written in ``on_train_batch_end``, before what follows it."""
+    return trainer.fit_loop.epoch_loop.restarted_on_train_batch_end
+
+
+def _owe_validation(trainer: Trainer) -> None:
+    """Has the loop run the validation that followed the saved step, and that it would leave out."""
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-    if fetcher is None or not loop.restarted_on_train_batch_end:
+    if fetcher is None or not _saved_after_step(trainer) or not loop._should_check_val_fx(fetcher):
         return
-    epochs: Any = trainer.fit_loop.epoch_progress.current
-    closed = not epoch_is_open(trainer)  # its last batch counts as its end while being resumed
-    epochs.processed -= closed
-    if loop._should_check_val_fx(fetcher):
-        stepped = loop._batches_that_stepped
-        loop.val_loop.restarting = False
-        loop.on_advance_end(fetcher)
-        loop._batches_that_stepped = stepped
-    epochs.processed += closed
+    loop.val_loop._restarting = False
+    loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+    loop._batches_that_stepped -= 1  # counted when the restart is prepared, and after validation
+
+
+def _finish_epoch(trainer: Trainer) -> None:
+    """Does what followed the last batch of an epoch, then lets the loop begin the next one.
+
+    Lightning counts this epoch as over and would go on without validation, without stepping the
+    schedulers that wait for it, and without ``on_train_epoch_start``.
+    """
+    loop, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
+    epochs: Any = loop.epoch_progress
+    if fetcher is not None and _saved_after_step(trainer):
+        loop.epoch_loop.batch_progress.increment_completed()
+        loop.epoch_loop.val_loop.on_iteration_done()
+        epochs.current.processed -= 1
+        loop.epoch_loop.on_advance_end(fetcher)
+        epochs.current.processed += 1
+        if _plateaus_are_monitored(trainer):
+            loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+    if epochs.current.completed < epochs.current.processed:
+        epochs.increment_completed()
+    for part in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+        part.on_iteration_done()
+
+
+def step_plateau_schedulers(trainer: Trainer) -> None:
+    """Lets schedulers that watch a metric step at the end of a resumed epoch too.
+
+    To be called in ``on_train_epoch_end``. Lightning leaves them out there, since their metric may
+    be unknown; where it is known, the uninterrupted run has stepped them.
+    """
+    if _plateaus_are_monitored(trainer):
+        trainer.fit_loop._restarting = False
+
+
+def _plateaus_are_monitored(trainer: Trainer) -> bool:
+    return all(
+        config.monitor in trainer.callback_metrics
+        for config in trainer.lr_scheduler_configs
+        if config.reduce_on_plateau
+    )

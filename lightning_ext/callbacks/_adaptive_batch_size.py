@@ -190,6 +190,10 @@ class AdaptiveBatchSize(Callback):
         if self.max_samples is not None and self.samples_seen >= self.max_samples:
             trainer.should_stop = True
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps schedulers by metric going after a resume."""
+        _lightning.step_plateau_schedulers(trainer)
+
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
