@@ -1,6 +1,6 @@
 """The only place that touches Lightning's private attributes, one file per concern."""
 
-from lightning_ext._lightning._export import export_with
+from lightning_ext._lightning._export import export_with, exporting
 from lightning_ext._lightning._lengths import epoch_end, sync_lengths
 from lightning_ext._lightning._loader import install_sampler, live_sampler, uninstall_sampler
 from lightning_ext._lightning._optimizer_steps import (
@@ -26,6 +26,7 @@ __all__ = [
     "batch_share",
     "epoch_end",
     "export_with",
+    "exporting",
     "gradient_scale",
     "install_sampler",
     "live_sampler",

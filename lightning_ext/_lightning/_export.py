@@ -6,56 +6,61 @@ Private: ``trainer._checkpoint_connector.dump_checkpoint``; Lightning runs no ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-
-class Swaps(Protocol):
-    """Whatever can put other weights into a module for a while."""
-
-    def swap(self, module: LightningModule) -> AbstractContextManager[None]:
-        """Puts them in, and back at the end of the ``with`` block."""
+# Puts the weights for a file into the module, and says whether that changed it.
+FileWeights = Callable[[LightningModule], AbstractContextManager[bool]]
 
 
 class _ExportingDump:
     """Stands in for ``dump_checkpoint``; a class, so that a Trainer can still be pickled."""
 
-    def __init__(
-        self, original: Callable[..., dict[str, Any]], trainer: Trainer, weights: Swaps
-    ) -> None:
-        self.original = original
+    def __init__(self, trainer: Trainer, weights: list[FileWeights]) -> None:
         self.trainer = trainer
         self.weights = weights
 
     def __call__(self, weights_only: bool | None = None) -> dict[str, Any]:
+        connector = self.trainer._checkpoint_connector
+        dump = type(connector).dump_checkpoint
         if not weights_only:
-            return self.original(weights_only)
-        with self.weights.swap(self.trainer.lightning_module):
-            checkpoint = self.original(weights_only)
-            # The entries share memory with the module, which gets its raw weights back.
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: t.detach().clone() for name, t in state.items()}
+            return dump(connector, weights_only)
+        with ExitStack() as stack:
+            module = self.trainer.lightning_module
+            changed = [stack.enter_context(enter(module)) for enter in self.weights]
+            checkpoint = dump(connector, weights_only)
+            if any(changed):
+                # The entries share memory with the module, which gets its own weights back.
+                state = checkpoint["state_dict"]
+                checkpoint["state_dict"] = {n: t.detach().clone() for n, t in state.items()}
         return checkpoint
 
 
-def export_with(trainer: Trainer, weights: Swaps) -> None:
-    """Makes this Trainer's weights-only checkpoints hold the weights that ``swap`` puts in.
+def export_with(trainer: Trainer, weights: FileWeights) -> None:
+    """Makes this Trainer's weights-only checkpoints hold what ``weights`` puts in, from now on.
 
-    Raises:
-        MisconfigurationException: Another callback does so already.
+    Args:
+        trainer: The Trainer; several may be added, and are entered in that order.
+        weights: Given the module, a context with other weights in it.
     """
-    connector = trainer._checkpoint_connector
-    present = vars(connector).get("dump_checkpoint")
-    if present is None:
-        vars(connector)["dump_checkpoint"] = _ExportingDump(
-            connector.dump_checkpoint, trainer, weights
-        )
-    elif present.weights is not weights:
-        raise MisconfigurationException(
-            "Two EMA callbacks have export=True; a weights-only file holds one set of weights."
-            " Hint: set it for one, and use ema.export(path) for the other."
-        )
+    own = vars(trainer._checkpoint_connector)
+    dump = own.setdefault("dump_checkpoint", _ExportingDump(trainer, []))
+    if weights not in dump.weights:
+        dump.weights.append(weights)
+
+
+@contextmanager
+def exporting(trainer: Trainer, weights: FileWeights) -> Iterator[None]:
+    """Like :func:`export_with`, for the length of a ``with`` block and with no others."""
+    own = vars(trainer._checkpoint_connector)
+    before = own.get("dump_checkpoint")
+    own["dump_checkpoint"] = _ExportingDump(trainer, [weights])
+    try:
+        yield
+    finally:
+        del own["dump_checkpoint"]
+        if before is not None:
+            own["dump_checkpoint"] = before

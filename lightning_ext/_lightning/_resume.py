@@ -43,8 +43,8 @@ def resume_position(
     if sampler is None:
         return
     sampler.load_state_dict(position or _position_at(sampler, loop.epoch_loop.batch_idx + 1))
+    _claim_resumable(trainer, sampler)
     if sampler.consumed < epoch_end(trainer):
-        _claim_resumable(trainer, sampler)
         _draw_iterator(trainer, sampler)
         restore_generators()
         sync_lengths(trainer)
@@ -108,17 +108,19 @@ def _finish_epoch(trainer: Trainer) -> None:
     schedulers that wait for it, and without ``on_train_epoch_start``.
     """
     loop, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
-    epochs: Any = loop.epoch_progress
     if fetcher is not None and _saved_after_step(trainer):
+        counts: Any = loop.epoch_progress.current
+        counts.processed -= 1
+        counts.completed -= 1
         loop.epoch_loop.batch_progress.increment_completed()
         loop.epoch_loop.val_loop.on_iteration_done()
-        epochs.current.processed -= 1
         loop.epoch_loop.on_advance_end(fetcher)
-        epochs.current.processed += 1
+        counts.processed += 1
         if _plateaus_are_monitored(trainer):
             loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
-    if epochs.current.completed < epochs.current.processed:
-        epochs.increment_completed()
+        counts.completed += 1
+    if loop.epoch_progress.current.completed < loop.epoch_progress.current.ready:
+        loop.epoch_progress.increment_completed()
     for part in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
         part.on_iteration_done()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,10 +20,9 @@ class AveragedWeights:
     """
 
     def __init__(self, module: Module) -> None:
-        self._tensors = {
-            name: tensor.detach().to(_wide(tensor), copy=True)
-            for name, tensor in _live(module).items()
-        }
+        persistent = module.state_dict().keys()
+        kept = [*module.named_parameters(), *(b for b in module.named_buffers() if b[0] in persistent)]
+        self._tensors = {name: tensor.detach().to(_wide(tensor), copy=True) for name, tensor in kept}
         self._raw: dict[str, Tensor] = {}
 
     @property
@@ -30,15 +30,18 @@ class AveragedWeights:
         """Whether the average is in the module now."""
         return bool(self._raw)
 
-    def to(self, device: torch.device) -> None:
-        """Moves the averages to the module's device."""
-        self._tensors = {name: tensor.to(device) for name, tensor in self._tensors.items()}
+    def follow(self, module: Module) -> None:
+        """Moves the averages to where the module's tensors are, and widens them with these."""
+        for name, tensor in self._live(module).items():
+            average = self._tensors[name]
+            wide = torch.promote_types(average.dtype, _wide(tensor))
+            self._tensors[name] = average.to(tensor.device, wide)
 
     @torch.no_grad()
     def update(self, module: Module, decay: float) -> None:
         """Sets the average to decay × average + (1 − decay) × present; integers are copied."""
-        live = _live(module)
-        floating = [name for name, tensor in live.items() if tensor.is_floating_point()]
+        live = self._live(module)
+        floating = [name for name, tensor in live.items() if _has_fractions(tensor)]
         averages = [self._tensors[name] for name in floating]
         present = [live[name].detach().to(self._tensors[name].dtype) for name in floating]
         if averages:
@@ -51,7 +54,7 @@ class AveragedWeights:
         """Puts the average into the module and keeps its raw weights aside."""
         if self.swapped:
             return
-        live = _live(module)
+        live = self._live(module)
         self._raw = {name: tensor.detach().clone() for name, tensor in live.items()}
         for name, tensor in live.items():
             tensor.copy_(self._tensors[name])
@@ -59,32 +62,54 @@ class AveragedWeights:
     @torch.no_grad()
     def swap_out(self, module: Module) -> None:
         """Puts the raw weights back."""
-        live = _live(module) if self.swapped else {}
+        live = self._live(module) if self.swapped else {}
         for name, tensor in live.items():
             tensor.copy_(self._raw[name])
         self._raw = {}
 
-    def raw(self) -> dict[str, Tensor]:
-        """The raw weights by name while they are aside, else nothing."""
-        return dict(self._raw)
+    @contextmanager
+    def swapped_out(self, module: Module) -> Iterator[None]:
+        """Puts the raw weights back for the length of a ``with`` block."""
+        self.swap_out(module)
+        try:
+            yield
+        finally:
+            self.swap_in(module)
+
+    def raw(self, module: Module) -> dict[str, Tensor]:
+        """The raw weights while they are aside, else nothing; by every name that a tensor has."""
+        live = self._live(module) if self.swapped else {}
+        aside = {id(tensor): self._raw[name] for name, tensor in live.items()}
+        names = [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
+        return {name: aside[id(tensor)] for name, tensor in names if id(tensor) in aside}
 
     def save(self, view: View) -> dict[str, Tensor]:
         """The averages for a checkpoint."""
         return view.save_tensors(self._tensors)
 
     def load(self, view: View, saved: Mapping[str, Tensor]) -> None:
-        """Takes the averages from a checkpoint."""
-        self._tensors = view.load_tensors(saved, self._tensors)
+        """Takes the averages from a checkpoint, in the wider of its dtype and the present one."""
+        # A module in double precision is widened only after checkpoints are loaded.
+        like = {
+            name: tensor.to(torch.promote_types(tensor.dtype, saved[name].dtype))
+            for name, tensor in self._tensors.items()
+        }
+        self._tensors = view.load_tensors(saved, like)
+
+    def _live(self, module: Module) -> dict[str, Tensor]:
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        return {name: tensor for name, tensor in tensors if name in self._tensors}
 
 
-def _live(module: Module) -> dict[str, Tensor]:
-    persistent = module.state_dict().keys()
-    buffers = {name: tensor for name, tensor in module.named_buffers() if name in persistent}
-    return {**dict(module.named_parameters()), **buffers}
+def _has_fractions(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
     # Steps of 1 − decay are lost in half precision.
-    if not tensor.is_floating_point():
+    if not _has_fractions(tensor):
         return tensor.dtype
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_ext import _lightning, scaling
@@ -28,7 +29,8 @@ class EMA(Callback):
     weighs the same whatever the batch was, and whatever ``every_n_steps`` is. Floating-point
     parameters and buffers are averaged, others are copied. Validation and test run with the
     average once there is one; training, checkpoints' ``state_dict`` and the end of fit keep the
-    raw weights.
+    raw weights. Of several in one Trainer, validation and test run with the one that has
+    ``export=True``, else with the first.
 
     It reads checkpoints of Lightning's ``EMAWeightAveraging``.
 
@@ -76,6 +78,12 @@ class EMA(Callback):
         self._average: AveragedWeights | None = None
         self._counter: _lightning.StepCounter | None = None
         self._trainer: Trainer | None = None
+        self._loaded = False
+        self._evaluating = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the Trainer and the optimizer; ``setup`` finds them again."""
+        return self.__dict__ | {"_trainer": None, "_counter": None}
 
     @property
     def state_key(self) -> str:
@@ -111,14 +119,23 @@ class EMA(Callback):
             raise MisconfigurationException(
                 "There is no average to export: the callback has not seen an optimizer step."
             )
-        with self.swap(self._trainer.lightning_module):
+        with _lightning.exporting(self._trainer, self._average_for_file):
             self._trainer.save_checkpoint(path, weights_only=True)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remembers the Trainer, for exports."""
+        """Remembers the Trainer, for exports.
+
+        Raises:
+            MisconfigurationException: Two have ``export=True``.
+        """
         self._trainer = trainer
-        if self.export_average:
-            _lightning.export_with(trainer, self)
+        self._loaded = False
+        if sum(ema.export_average for ema in _all_in(trainer)) > 1:
+            raise MisconfigurationException(
+                "Two EMA callbacks have export=True; a weights-only file holds one set of weights."
+                " Hint: set it for one, and use ema.export(path) for the other."
+            )
+        _lightning.export_with(trainer, self._weights_for_file)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -129,6 +146,7 @@ class EMA(Callback):
             saved = checkpoint["state_dict"]
             pl_module.load_state_dict(checkpoint["current_model_state"])
             self.updates = int(checkpoint["averaging_state"].get("n_averaged", 1))
+        self._loaded = saved is not None
         if saved is not None:
             self._average = AveragedWeights(pl_module)
             self._average.load(_lightning.view(trainer), saved)
@@ -140,13 +158,15 @@ class EMA(Callback):
         if self._average is not None:
             averages = checkpoint.setdefault(_CHECKPOINT_KEY, {})
             averages[self.state_key] = self._average.save(_lightning.view(trainer))
-            checkpoint["state_dict"] |= self._average.raw()
+            state = checkpoint["state_dict"]
+            raw = self._average.raw(pl_module)
+            state.update((name, raw[name]) for name in raw.keys() & state.keys())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the average from the present weights, unless a checkpoint has brought one."""
         if self._average is None:
             self._average = AveragedWeights(pl_module)
-        self._average.to(pl_module.device)
+        self._average.follow(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watches the optimizer."""
@@ -166,8 +186,11 @@ class EMA(Callback):
         """Updates after every n-th step that the optimizer took."""
         if not _lightning.steps_now(trainer):
             return
+        taken = 0 if self._counter is None else self._counter.take()
+        if taken == 0 and not pl_module.automatic_optimization:
+            return  # the module accumulates by itself
         samples, self._window = self._window, 0
-        if self._counter is None or self._counter.take() == 0:
+        if taken == 0:
             return
         self._pending += samples
         self._samples += samples
@@ -177,7 +200,7 @@ class EMA(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the average."""
-        self._swap_in(pl_module)
+        self._swap_in(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Goes on with the raw weights."""
@@ -185,7 +208,7 @@ class EMA(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tests the average."""
-        self._swap_in(pl_module)
+        self._swap_in(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Goes on with the raw weights."""
@@ -231,15 +254,41 @@ class EMA(Callback):
         self.updates += 1
         self._pending = 0
 
-    def _swap_in(self, pl_module: LightningModule) -> None:
-        if self._average is not None and self.updates > 0:
-            self._average.swap_in(pl_module)
+    def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        average, present = self._average, _all_in(trainer)
+        chosen = next((ema for ema in present if ema.export_average), present[0])
+        # A file without our average (a weights-only one) is to be evaluated as it is.
+        foreign = trainer.state.fn != TrainerFn.FITTING and trainer.ckpt_path and not self._loaded
+        if average is None or self.updates == 0 or average.swapped or chosen is not self or foreign:
+            return
+        average.swap_in(pl_module)
+        self._evaluating = True
 
     def _swap_out(self, pl_module: LightningModule) -> None:
-        if self._average is not None:
+        if self._average is not None and self._evaluating:
             self._average.swap_out(pl_module)
+        self._evaluating = False
+
+    @contextmanager
+    def _average_for_file(self, module: LightningModule) -> Iterator[bool]:
+        with self.swap(module):
+            yield True
+
+    @contextmanager
+    def _weights_for_file(self, module: LightningModule) -> Iterator[bool]:
+        average = self._average
+        if average is None or self.updates == 0 or average.swapped == self.export_average:
+            yield False
+            return
+        with self.swap(module) if self.export_average else average.swapped_out(module):
+            yield True
 
     def _unwatch(self) -> None:
         if self._counter is not None:
             self._counter.detach()
         self._counter = None
+
+
+def _all_in(trainer: Trainer) -> list[EMA]:
+    callbacks: list[Callback] = vars(trainer)["callbacks"]  # set by a connector, not declared
+    return [callback for callback in callbacks if isinstance(callback, EMA)]

@@ -43,6 +43,7 @@ class GradientNoiseScale(Callback):
         geometry: ``"euclidean"`` (what ``"auto"`` means): plain norms.
         per_group: Also log every value for each parameter group of the optimizer, as
             ``noise_scale_group_0`` and so on.
+        prefix: What logged names begin with, to tell several of these callbacks apart.
 
     Raises:
         ValueError: An argument out of range.
@@ -58,6 +59,7 @@ class GradientNoiseScale(Callback):
         source: Literal["auto", "micro_batches"] = "auto",
         geometry: Literal["auto", "euclidean"] = "auto",
         per_group: bool = False,
+        prefix: str = "",
     ) -> None:
         _check_choice("source", source, ("auto", "micro_batches"))
         _check_choice("geometry", geometry, ("auto", "euclidean"))
@@ -70,10 +72,19 @@ class GradientNoiseScale(Callback):
         self.source = source
         self.geometry = geometry
         self.per_group = per_group
+        self.prefix = prefix
+        self._key = self._generate_state_key(
+            every_n_steps=every_n_steps, smoothing=smoothing, per_group=per_group, prefix=prefix
+        )
         self.measured = False
         self._rows: list[list[float]] = []
         self._windows = 0
         self._parts: GradientParts | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Tells several of these callbacks in one Trainer apart."""
+        return self._key
 
     def estimate(self, group: int | None = None) -> scaling.NoiseScale:
         """Returns the present estimate.
@@ -82,8 +93,14 @@ class GradientNoiseScale(Callback):
             group: A parameter group of the optimizer, or all of them (needs ``per_group=True``).
 
         Raises:
-            ValueError: Nothing was measured yet.
+            ValueError: Nothing was measured yet, or there is no such group.
         """
+        groups = len(self._rows[-1]) // 3 - 1 if self._rows else 0
+        if group is not None and not 0 <= group < groups:
+            raise ValueError(
+                f"group was {group}; {groups} were measured. Hint: per_group=True, and estimate()"
+                " after the first measurement."
+            )
         first = 0 if group is None else 3 * (group + 1)
         history = [(row[first], row[first + 1], row[first + 2]) for row in self._rows]
         return scaling.noise_scale(history, smoothing=self.smoothing)
@@ -181,14 +198,17 @@ class GradientNoiseScale(Callback):
         row = _statistics(parts.tolist(), whole, self.per_group)
         if row is None:
             return
+        if self._rows and len(self._rows[0]) != len(row):
+            self._rows.clear()  # the optimizer has other parameter groups now
         self._rows.append(row)
         del self._rows[: -_history_length(self.smoothing)]
         self.measured = True
 
     def _values(self, global_batch: float) -> dict[str, float]:
-        values = _named(self.estimate(), global_batch, "")
+        values = _named(self.estimate(), global_batch, self.prefix, "")
         for group in range(len(self._rows[-1]) // 3 - 1):
-            values |= _named(self.estimate(group), global_batch, f"_group_{group}")
+            noise = self.estimate(group)
+            values |= _named(noise, global_batch, self.prefix, f"_group_{group}")
         return values
 
 
@@ -222,8 +242,12 @@ def _measurement(part_sq_norms: list[float], sizes: list[float], whole: float) -
     return [*scaling.noise_statistics(part_sq_norms, sizes, whole), sum(sizes)]
 
 
-def _named(noise: scaling.NoiseScale, global_batch: float, suffix: str) -> dict[str, float]:
-    efficiency = scaling.batch_efficiency(global_batch, max(noise.value, 0.0))
+def _named(
+    noise: scaling.NoiseScale, global_batch: float, prefix: str, suffix: str
+) -> dict[str, float]:
+    efficiency = scaling.BatchEfficiency(math.nan, math.nan)
+    if not math.isnan(noise.value):  # it is where all gradients are 0
+        efficiency = scaling.batch_efficiency(global_batch, max(noise.value, 0.0))
     values = {
         "noise_scale": noise.value,
         "noise_scale_low": noise.low,
@@ -233,7 +257,7 @@ def _named(noise: scaling.NoiseScale, global_batch: float, suffix: str) -> dict[
         "steps_over_min": efficiency.steps_over_min,
         "samples_over_min": efficiency.samples_over_min,
     }
-    return {name + suffix: float(value) for name, value in values.items()}
+    return {prefix + name + suffix: float(value) for name, value in values.items()}
 
 
 def _history_length(smoothing: float) -> int:

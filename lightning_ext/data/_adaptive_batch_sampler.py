@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ext.data._epoch_plan import EpochPlan, Segment, Share
-from lightning_ext.data._seeded_permutation import SeededPermutation
+from lightning_ext.data._seeded_permutation import SeededPermutation, seeded_order
 
 
 class AdaptiveBatchSampler(BatchSampler):
@@ -36,7 +36,8 @@ class AdaptiveBatchSampler(BatchSampler):
 
     Raises:
         TypeError: The sampler has no length.
-        ValueError: A size or rank out of range, or a seed for a sampler that cannot use one.
+        ValueError: A size or rank out of range, a seed for a sampler that cannot use one, or a
+            subclass of ``DistributedSampler`` with an order of its own.
 
     Example:
         >>> from torch.utils.data import SequentialSampler
@@ -69,7 +70,7 @@ class AdaptiveBatchSampler(BatchSampler):
         _check_positive("batch_size", batch_size)
         if isinstance(sampler, DistributedSampler):
             num_replicas, rank = sampler.num_replicas, sampler.rank
-        self.sampler: Any = _ordering(sampler, seed)
+        self.sampler: Any = seeded_order(sampler, seed)
         self.drop_last = bool(drop_last)
         self.interleave = interleave
         self._epoch = 0
@@ -180,12 +181,21 @@ class AdaptiveBatchSampler(BatchSampler):
         self._start = self._handed = self._consumed = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Numbers the running epoch; the permutation follows if nothing was drawn yet."""
+        """Numbers the running epoch, or the next one where the running one is used up.
+
+        The permutation follows if nothing of that epoch was drawn yet.
+        """
+        if self._used_up:
+            self.next_epoch()
         self._epoch = epoch
+
+    @property
+    def _used_up(self) -> bool:
+        return 0 < self._plan.num_batches <= self.consumed
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields lists of indices: the running epoch from where it stands, else the next one."""
-        if self.consumed > self._start:
+        if self.consumed > self._start or self._used_up:
             self.next_epoch()
         self._handed = self._start
         return self._batches()
@@ -202,21 +212,25 @@ class AdaptiveBatchSampler(BatchSampler):
         set_epoch = getattr(self.sampler, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(self._epoch)
-        return list(self.sampler)
+        order, expected = list(self.sampler), self._plan.num_samples
+        if len(order) != expected:
+            raise ValueError(
+                f"The {type(self.sampler).__name__} yielded {len(order)} samples; it must yield the"
+                f" {expected} that len() announced when this sampler was built."
+            )
+        return order
 
     def _slice(self, batch_idx: int, order: list[int]) -> list[int]:
         begin, end = self._plan.span(batch_idx)
         if self.interleave:
             mine = order[begin + self._rank : end : self.num_replicas]
         else:
-            sizes = [self._plan.local_size(batch_idx, r) for r in range(self._rank + 1)]
-            mine = order[begin + sum(sizes[:-1]) : begin + sum(sizes)]
+            mine = order[slice(*self._plan.local_span(batch_idx, self._rank))]
         return mine or order[begin : begin + 1]
 
     def __len__(self) -> int:
         """Batches of the running epoch, or of the next one where the running one is used up."""
-        plan = self._plan if self.consumed < self._plan.num_batches else self._next
-        return plan.num_batches
+        return (self._next if self._used_up else self._plan).num_batches
 
     def state_dict(self) -> dict[str, Any]:
         """The position that training has reached, not what workers have fetched ahead."""
@@ -249,47 +263,20 @@ class AdaptiveBatchSampler(BatchSampler):
         self._epoch = state["epoch"]
         self._order = state["order"].tolist() if "order" in state else None
         self._consumed = self._handed = self._start = state["consumed"]
-        segments, (first_batch, first_sample) = state["segments"], state["begun"]
-        if state["num_replicas"] != self.num_replicas:
-            segments = _from_batch(segments, state["consumed"])
-            first_batch, first_sample = state["consumed"], state["consumed_samples"]
-        self._plan = EpochPlan(
+        segments = tuple(Segment(*segment) for segment in state["segments"])
+        plan = EpochPlan(
             state["num_samples"],
-            self.num_replicas,
+            state["num_replicas"],
             self.drop_last,
-            tuple(Segment(*segment) for segment in segments),
-            first_batch,
-            first_sample,
+            segments,
+            *state["begun"],
         )
-        self._next = self._plan.next_epoch().resized(0, *state["next"][1:])
-
-
-def _from_batch(segments: list[list[int]], batch_idx: int) -> list[list[int]]:
-    """The segments that are in force at a batch or later, the first one cut to begin there."""
-    present = [segment for segment in segments if segment[0] <= batch_idx][-1]
-    later = [segment for segment in segments if segment[0] > batch_idx]
-    return [[batch_idx, *present[1:]], *later]
-
-
-def _ordering(sampler: Sampler[int] | Iterable[int], seed: int | None) -> Any:
-    if not isinstance(sampler, Sized):
-        raise TypeError(
-            f"The sampler is a {type(sampler).__name__} without a length; every sample once per"
-            " epoch needs one that has __len__."
-        )
-    if isinstance(sampler, DistributedSampler):
-        chosen = sampler.seed if seed is None else seed
-        dataset: Any = sampler.dataset
-        return SeededPermutation(len(dataset), chosen, shuffle=sampler.shuffle)
-    if seed is None or isinstance(sampler, SeededPermutation):
-        return sampler
-    if isinstance(sampler, RandomSampler) and not sampler.replacement:
-        return SeededPermutation(len(sampler), seed)
-    hint = "leave the seed out" if isinstance(sampler, SequentialSampler) else "seed it yourself"
-    raise ValueError(
-        f"seed was {seed} for a {type(sampler).__name__}; it is for a RandomSampler without"
-        f" replacement or a DistributedSampler. Hint: {hint}."
-    )
+        if state["num_replicas"] != self.num_replicas:
+            plan = plan.redistributed(
+                self.num_replicas, state["consumed"], state["consumed_samples"]
+            )
+        self._plan = plan
+        self._next = plan.next_epoch().resized(0, *state["next"][1:])
 
 
 def _check_positive(name: str, value: int) -> None:

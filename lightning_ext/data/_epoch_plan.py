@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -103,9 +104,15 @@ class EpochPlan:
 
     def local_size(self, batch_idx: int, rank: int) -> int:
         """Samples of one rank in a batch; over the ranks they differ by one at most."""
+        begin, end = self.local_span(batch_idx, rank)
+        return end - begin
+
+    def local_span(self, batch_idx: int, rank: int) -> tuple[int, int]:
+        """The part of :meth:`span` that is one rank's, where ranks get consecutive samples."""
         begin, end = self.span(batch_idx)
         whole, rest = divmod(end - begin, self.data_parallel_size)
-        return whole + (rank < rest)
+        first = begin + rank * whole + min(rank, rest)
+        return first, first + whole + (rank < rest)
 
     def share(self, batch_idx: int, rank: int, num_batches: int | None = None) -> Share:
         """What a rank's batch contributes to its step; the epoch is cut at ``num_batches``."""
@@ -130,7 +137,7 @@ class EpochPlan:
     def batches_to_cover(self, samples: int) -> int:
         """The least number of batches, counted from 0, that hold that many samples."""
         inside = range(self.first_batch, self.num_batches)
-        return next((b + 1 for b in inside if self.span(b)[1] >= samples), self.num_batches)
+        return self.first_batch + bisect_left(inside, samples, key=self._offset)
 
     def boundary(self, at_least: int, accumulate: int) -> int:
         """First batch, not before ``at_least``, at which both accumulations begin a window.
@@ -146,7 +153,20 @@ class EpochPlan:
     def resized(self, start: int, micro_batch: int, accumulate: int) -> EpochPlan:
         """The plan with new sizes from batch ``start`` to the end."""
         kept = tuple(s for s in self.segments if s.start < start)
-        return replace(self, segments=(*kept, Segment(start, micro_batch, accumulate)))
+        new = Segment(start, micro_batch, accumulate)
+        changes = not kept or kept[-1][1:] != new[1:]
+        return replace(self, segments=(*kept, new) if changes else kept)
+
+    def redistributed(self, data_parallel_size: int, batch: int, sample: int) -> EpochPlan:
+        """The rest of the epoch, from a batch and a sample on, on another number of ranks."""
+        first = self.segment(batch)._replace(start=batch)
+        plan = EpochPlan(
+            self.num_samples, data_parallel_size, self.drop_last, (first,), batch, sample
+        )
+        for later in (s for s in self.segments if s.start > batch):
+            if later.start < plan.num_batches:  # more ranks may come to the end before it
+                plan = plan.resized(*later)
+        return plan
 
     def next_epoch(self) -> EpochPlan:
         """A fresh epoch with the sizes in force at the end of this one."""

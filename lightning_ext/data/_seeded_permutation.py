@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 
 
 class SeededPermutation(Sampler[int]):
@@ -49,3 +51,48 @@ class SeededPermutation(Sampler[int]):
     def __len__(self) -> int:
         """Number of indices in one epoch."""
         return self.num_samples
+
+
+def seeded_order(sampler: Sampler[int] | Iterable[int], seed: int | None) -> Any:
+    """The sampler itself, or a :class:`SeededPermutation` of the same samples in its place.
+
+    Args:
+        sampler: Any sampler with a length.
+        seed: For a ``RandomSampler``, or instead of a ``DistributedSampler``'s own.
+
+    Raises:
+        TypeError: The sampler has no length.
+        ValueError: A permutation of all samples is not what the sampler yields.
+    """
+    if not isinstance(sampler, Sized):
+        raise TypeError(
+            f"The sampler is a {type(sampler).__name__} without a length; every sample once per"
+            " epoch needs one that has __len__."
+        )
+    if isinstance(sampler, DistributedSampler):
+        return _of_distributed(sampler, seed)
+    if seed is None or isinstance(sampler, SeededPermutation):
+        return sampler
+    if isinstance(sampler, RandomSampler) and _is_permutation(sampler):
+        return SeededPermutation(len(sampler), seed)
+    hint = "leave the seed out" if isinstance(sampler, SequentialSampler) else "seed it yourself"
+    raise ValueError(
+        f"seed was {seed} for a {type(sampler).__name__}; it is for a RandomSampler without"
+        f" replacement and num_samples, or a DistributedSampler. Hint: {hint}."
+    )
+
+
+def _is_permutation(sampler: RandomSampler) -> bool:
+    return not sampler.replacement and len(sampler) == len(sampler.data_source)
+
+
+def _of_distributed(sampler: DistributedSampler[Any], seed: int | None) -> SeededPermutation:
+    if type(sampler).__iter__ is not DistributedSampler.__iter__:
+        raise ValueError(
+            f"The sampler is a {type(sampler).__name__}, a DistributedSampler with an order of its"
+            " own, which splits ranks before batches are known. Hint: pass a sampler of the whole"
+            " order, the same on every rank, with num_replicas and rank."
+        )
+    dataset: Any = sampler.dataset
+    chosen = sampler.seed if seed is None else seed
+    return SeededPermutation(len(dataset), chosen, shuffle=sampler.shuffle)

@@ -7,14 +7,28 @@ Differs: the groups keep the values of the reference batch, so that schedulers, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch.optim import SGD, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop, SparseAdam
+from torch.optim import (
+    SGD,
+    Adafactor,
+    Adam,
+    Adamax,
+    Muon,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    SparseAdam,
+)
 
 from lightning_ext.scaling import Hyperparameters, scale_hyperparameters, scale_step_count
 
 _ADAM_FAMILY = (Adam, Adamax, NAdam, RAdam, RMSprop, SparseAdam)
+_DECOUPLED = (Adafactor, Muon)  # those that do not say so in their groups
 _RULES = ("none", "linear", "linear_samples", "sqrt", "sde")
 
 
@@ -49,7 +63,10 @@ class BatchScaling:
     Values in ``param_groups`` are those of the reference batch, before and after each step. When
     :math:`\kappa` changes under a rule that changes betas, the optimizer's step count is divided
     by the ratio, so that :math:`(\beta^\kappa)^{t/\kappa} = \beta^t` and the bias correction
-    goes on unbroken.
+    goes on unbroken; NAdam's ``momentum_decay``, which counts steps, is multiplied by
+    :math:`\kappa`. Under ``"linear_samples"`` SGD's momentum buffer is scaled such that lr × buffer
+    per sample does not jump. RAdam takes no adaptive step before its sixth, whatever the batch: a
+    switch before step :math:`6\kappa` makes it begin that phase again.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``.
@@ -57,6 +74,10 @@ class BatchScaling:
             ``"sqrt"`` or ``"sde"``.
         kappa: Global batch over reference batch that the optimizer's state belongs to.
         scale_weight_decay: Whether decoupled weight decay follows too. Coupled L2 never does.
+
+    Raises:
+        ValueError: The rule or the class of the optimizer is not known, a hyper-parameter that the
+            rule needs is missing, or ``kappa`` is not a finite number above 0.
 
     Example:
         >>> import torch
@@ -79,10 +100,10 @@ class BatchScaling:
         self.optimizer = optimizer
         self.rule = batch_rule(optimizer) if rule == "auto" else rule
         self.scale_weight_decay = scale_weight_decay
+        self._check(2.0)
+        self._check(kappa)
         self._kappa = float(kappa)
         self._reference: list[dict[str, Any]] | None = None
-        for group in optimizer.param_groups:
-            self._scaled(group, 2.0)  # raises now what a later step would raise
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -94,10 +115,19 @@ class BatchScaling:
         return self._kappa
 
     def set_kappa(self, kappa: float) -> None:
-        """Changes the batch between two steps and rescales the step count where betas follow."""
+        """Changes the batch between two steps, and restates the optimizer's state for it.
+
+        Raises:
+            ValueError: ``kappa`` is not a finite number above 0; nothing has changed then.
+        """
+        self._check(kappa)
         previous, self._kappa = self._kappa, float(kappa)
-        if self._kappa != previous and self._betas_follow():
+        if self._kappa == previous:
+            return
+        if self._betas_follow():
             _divide_step_counts(self.optimizer, self._kappa / previous)
+        for group in self.optimizer.param_groups:
+            self._scale_momentum_buffers(group, previous)
 
     def lrs(self) -> list[float]:
         """The learning rate that the next step will use, for each group."""
@@ -110,6 +140,10 @@ class BatchScaling:
         for handle in self._handles:
             handle.remove()
 
+    def _check(self, kappa: float) -> None:
+        for group in self.optimizer.param_groups:
+            self._scaled(group, kappa)  # raises now what a step would raise
+
     def _betas_follow(self) -> bool:
         return any(
             key in self._scaled(group, 2.0)
@@ -117,15 +151,41 @@ class BatchScaling:
             for key in ("betas", "alpha")
         )
 
-    def _before_step(self, *_: Any) -> None:
+    def _scale_momentum_buffers(self, group: dict[str, Any], previous: float) -> None:
+        """Keeps lr × buffer per sample where it is while the momentum changes."""
+        old, new = (self._hyperparameters(group, k) for k in (previous, self._kappa))
+        if new.momentum == old.momentum:
+            return
+        ratio = (old.lr / previous) / (new.lr / self._kappa)
+        for parameter in group["params"]:
+            buffer = self.optimizer.state[parameter].get("momentum_buffer")
+            if buffer is not None:
+                buffer.mul_(ratio)
+
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._restore()  # a step that raised has left its values behind
         if self._kappa == 1.0:
-            return
+            return None
         self._reference = []
         for group in self.optimizer.param_groups:
             scaled = self._scaled(group, self._kappa)
             self._reference.append({key: group[key] for key in scaled})
             group.update(scaled)
+        return tuple(map(self._guarded, args)), {k: self._guarded(v) for k, v in kwargs.items()}
+
+    def _guarded(self, argument: Any) -> Any:
+        """A closure that leaves the reference values behind if it raises."""
+        if not callable(argument) or isinstance(argument, Optimizer):
+            return argument
+
+        def closure() -> Any:
+            with ExitStack() as undo:
+                undo.callback(self._restore)
+                loss = argument()
+                undo.pop_all()
+            return loss
+
+        return closure
 
     def _after_step(self, *_: Any) -> None:
         self._restore()
@@ -138,29 +198,36 @@ class BatchScaling:
 
     def _scaled(self, group: dict[str, Any], kappa: float) -> dict[str, Any]:
         """The entries of a group that depend on the batch, at ``kappa`` × the reference batch."""
-        decays = self.scale_weight_decay and group.get("decoupled_weight_decay", False)
-        new = scale_hyperparameters(
+        return _changed(group, self._hyperparameters(group, kappa), kappa)
+
+    def _hyperparameters(self, group: dict[str, Any], kappa: float) -> Hyperparameters:
+        decoupled = group.get("decoupled_weight_decay", isinstance(self.optimizer, _DECOUPLED))
+        eps = group.get("eps")
+        return scale_hyperparameters(
             kappa,
             rule=self.rule,
             lr=1.0,  # every rule is linear in lr, and a group's lr may be a tensor
-            betas=_betas(group),
+            betas=self._betas(group),
             momentum=group.get("momentum") if isinstance(self.optimizer, SGD) else None,
-            eps=group.get("eps"),
-            weight_decay=group["weight_decay"] if decays else None,
+            eps=None if isinstance(eps, tuple) else eps,  # Adafactor's are relative
+            weight_decay=group["weight_decay"] if self.scale_weight_decay and decoupled else None,
         )
-        return _changed(group, new)
+
+    def _betas(self, group: dict[str, Any]) -> tuple[float, ...] | None:
+        if "betas" in group:
+            return tuple(float(beta) for beta in group["betas"])
+        # ASGD's alpha is an exponent.
+        return (float(group["alpha"]),) if isinstance(self.optimizer, RMSprop) else None
 
 
-def _betas(group: dict[str, Any]) -> tuple[float, ...] | None:
-    if "betas" in group:
-        return tuple(float(beta) for beta in group["betas"])
-    return (float(group["alpha"]),) if "alpha" in group else None
-
-
-def _changed(group: dict[str, Any], new: Hyperparameters) -> dict[str, Any]:
+def _changed(group: dict[str, Any], new: Hyperparameters, kappa: float) -> dict[str, Any]:
     values: dict[str, Any] = {"lr": group["lr"] * new.lr}
-    if new.betas is not None and new.betas != _betas(group):
-        values |= {"betas": new.betas} if "betas" in group else {"alpha": new.betas[0]}
+    key = "betas" if "betas" in group else "alpha"
+    betas = None if new.betas is None else new.betas if key == "betas" else new.betas[0]
+    if betas is not None and betas != group[key]:
+        values[key] = betas
+        if "momentum_decay" in group:  # per step of NAdam's schedule, whose unit grows
+            values["momentum_decay"] = scale_step_count(group["momentum_decay"], 1 / kappa)
     for key in ("momentum", "eps", "weight_decay"):
         if getattr(new, key) is not None:
             values[key] = getattr(new, key)

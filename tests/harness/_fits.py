@@ -105,6 +105,8 @@ def fit(
     """Seeds, trains and returns the module and the Trainer."""
     seed_everything(0, verbose=False)
     module = Classifier() if module is None else module
+    if val is None:
+        kwargs["limit_val_batches"] = 0
     run = trainer(callbacks, **kwargs)
     run.fit(module, loader() if train is None else train, val, ckpt_path=ckpt_path)
     return module, run
