@@ -21,8 +21,13 @@ class AveragedWeights:
 
     def __init__(self, module: Module) -> None:
         persistent = module.state_dict().keys()
-        kept = [*module.named_parameters(), *(b for b in module.named_buffers() if b[0] in persistent)]
-        self._tensors = {name: tensor.detach().to(_wide(tensor), copy=True) for name, tensor in kept}
+        kept = [
+            *module.named_parameters(),
+            *(b for b in module.named_buffers() if b[0] in persistent),
+        ]
+        self._tensors = {
+            name: tensor.detach().to(_wide(tensor), copy=True) for name, tensor in kept
+        }
         self._raw: dict[str, Tensor] = {}
 
     @property

@@ -61,6 +61,12 @@ class BatchController:
                 f" with: {start.micro_batch} × {start.accumulate} × {data_parallel_size} ranks ="
                 f" {begins}. Hint: raise the limit, or start with a smaller micro-batch."
             )
+        if self.rule.needs_noise and self._max_micro_batch == start.micro_batch and self.growth < 2:
+            raise MisconfigurationException(
+                f"growth={self.growth} cannot make a first change: with the micro-batch fixed,"
+                f" accumulation grows in multiples of {start.accumulate}. Hint: growth of 2 or"
+                " more, or a max_micro_batch above the loader's batch size."
+            )
         if self.max_micro_batch is not None and self.max_micro_batch < start.micro_batch:
             raise MisconfigurationException(
                 f"max_micro_batch={self.max_micro_batch} is below the loader's batch size,"
@@ -112,12 +118,15 @@ class BatchController:
         return self.start.micro_batch if self.max_micro_batch is None else self.max_micro_batch
 
     def _split(self, global_batch: int) -> BatchSplit:
-        per_pass = self.start.micro_batch * self.data_parallel_size
-        if self.max_micro_batch is None and global_batch >= per_pass * self.start.accumulate:
-            return BatchSplit(self.start.micro_batch, global_batch // per_pass)
+        start, ranks = self.start, self.data_parallel_size
+        # Estimates move in whole multiples of the start, schedules to the last micro-batch.
+        unit = start.accumulate if self.rule.needs_noise else 1
+        if self.max_micro_batch is None and global_batch >= self.global_batch(start):
+            per_unit = start.micro_batch * ranks * unit
+            return BatchSplit(start.micro_batch, global_batch // per_unit * unit)
         return split_global_batch(
             global_batch,
-            data_parallel_size=self.data_parallel_size,
+            data_parallel_size=ranks,
             max_micro_batch=self._max_micro_batch,
-            min_accumulate=self.start.accumulate,
+            min_accumulate=start.accumulate,
         )

@@ -7,7 +7,6 @@ Differs: the groups keep the values of the reference batch, so that schedulers, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -100,7 +99,6 @@ class BatchScaling:
         self.optimizer = optimizer
         self.rule = batch_rule(optimizer) if rule == "auto" else rule
         self.scale_weight_decay = scale_weight_decay
-        self._check(2.0)
         self._check(kappa)
         self._kappa = float(kappa)
         self._reference: list[dict[str, Any]] | None = None
@@ -158,7 +156,7 @@ class BatchScaling:
             return
         ratio = (old.lr / previous) / (new.lr / self._kappa)
         for parameter in group["params"]:
-            buffer = self.optimizer.state[parameter].get("momentum_buffer")
+            buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if buffer is not None:
                 buffer.mul_(ratio)
 
@@ -175,7 +173,7 @@ class BatchScaling:
 
     def _guarded(self, argument: Any) -> Any:
         """A closure that leaves the reference values behind if it raises."""
-        if not callable(argument) or isinstance(argument, Optimizer):
+        if not callable(argument):
             return argument
 
         def closure() -> Any:
@@ -198,7 +196,16 @@ class BatchScaling:
 
     def _scaled(self, group: dict[str, Any], kappa: float) -> dict[str, Any]:
         """The entries of a group that depend on the batch, at ``kappa`` × the reference batch."""
-        return _changed(group, self._hyperparameters(group, kappa), kappa)
+        new, betas = self._hyperparameters(group, kappa), self._betas(group)
+        values: dict[str, Any] = {"lr": group["lr"] * new.lr}
+        if new.betas is not None and new.betas != betas:
+            values |= {"betas": new.betas} if "betas" in group else {"alpha": new.betas[0]}
+            if "momentum_decay" in group:  # per step of NAdam's schedule, whose unit grows
+                values["momentum_decay"] = scale_step_count(group["momentum_decay"], 1 / kappa)
+        for key in ("momentum", "eps", "weight_decay"):
+            if getattr(new, key) is not None:
+                values[key] = getattr(new, key)
+        return values
 
     def _hyperparameters(self, group: dict[str, Any], kappa: float) -> Hyperparameters:
         decoupled = group.get("decoupled_weight_decay", isinstance(self.optimizer, _DECOUPLED))
@@ -218,20 +225,6 @@ class BatchScaling:
             return tuple(float(beta) for beta in group["betas"])
         # ASGD's alpha is an exponent.
         return (float(group["alpha"]),) if isinstance(self.optimizer, RMSprop) else None
-
-
-def _changed(group: dict[str, Any], new: Hyperparameters, kappa: float) -> dict[str, Any]:
-    values: dict[str, Any] = {"lr": group["lr"] * new.lr}
-    key = "betas" if "betas" in group else "alpha"
-    betas = None if new.betas is None else new.betas if key == "betas" else new.betas[0]
-    if betas is not None and betas != group[key]:
-        values[key] = betas
-        if "momentum_decay" in group:  # per step of NAdam's schedule, whose unit grows
-            values["momentum_decay"] = scale_step_count(group["momentum_decay"], 1 / kappa)
-    for key in ("momentum", "eps", "weight_decay"):
-        if getattr(new, key) is not None:
-            values[key] = getattr(new, key)
-    return values
 
 
 def _divide_step_counts(optimizer: Optimizer, ratio: float) -> None:

@@ -42,16 +42,16 @@ class SampleSchedule(LRScheduler):
             raise ValueError(f"samples_per_step was {samples_per_step}; it must be positive.")
         self.fn = fn
         self.samples_per_step = samples_per_step
-        self.samples_seen = -samples_per_step  # torch takes the first step in the constructor
+        self.samples_seen = 0
+        self._counted_steps = 0
         super().__init__(optimizer)
 
-    def step(self, epoch: int | None = None) -> None:
-        """Adds one step's samples and sets the learning rates."""
-        self.samples_seen += self.samples_per_step
-        super().step()
-
     def get_lr(self) -> list[Any]:
-        """The learning rate of each group at the samples seen."""
+        """The learning rate of each group, after counting the samples of the steps taken since."""
+        # Composites take the first step back, repeat it, or begin at a milestone without `step`:
+        # only `last_epoch` tells what counts.
+        steps, self._counted_steps = self.last_epoch - self._counted_steps, self.last_epoch
+        self.samples_seen += steps * self.samples_per_step
         factor = self.fn(self.samples_seen)
         return [base_lr * factor for base_lr in self.base_lrs]
 

@@ -56,20 +56,22 @@ def next_global_batch(
 def split_global_batch(
     global_batch: int, *, data_parallel_size: int, max_micro_batch: int, min_accumulate: int = 1
 ) -> BatchSplit:
-    """Split a global batch over ranks and accumulation, with as few passes as memory allows.
+    """Split a global batch over ranks and accumulation, with few passes and little lost.
 
-    With W ranks and K₀ = ``min_accumulate``, the micro-batch is B // (W·K₀) where that fits,
-    otherwise B // (W·K) with K = ⌈B / (W·max_micro_batch)⌉. Rounding is downwards, so
-    micro_batch·accumulate·W ≤ B; the caller compares and reports what was lost.
+    Accumulation is a multiple j·K₀ of ``min_accumulate``, so that W ranks that accumulate K₀ and
+    one rank that accumulates W·K₀ make the same sizes at the same samples. j begins at
+    ⌈⌊B / (W·K₀)⌋ / max_micro_batch⌉, the fewest passes that memory allows; up to a quarter more are
+    taken where that loses fewer samples to rounding. The micro-batch is B // (W·K₀·j): what is
+    made is at most B, and the caller compares and reports what was lost.
 
     Args:
         global_batch: B, samples per optimizer step.
         data_parallel_size: W, ranks that see different data.
         max_micro_batch: the largest micro-batch that fits.
-        min_accumulate: K₀, the least number of micro-batches per step.
+        min_accumulate: K₀, the unit of accumulation.
 
     Returns:
-        Micro-batch (at most ``max_micro_batch``) and accumulation (at least ``min_accumulate``).
+        Micro-batch (at most ``max_micro_batch``) and accumulation (a multiple of K₀).
 
     Raises:
         TypeError: if a value is not an integer.
@@ -92,12 +94,12 @@ def split_global_batch(
             f"{min_accumulate} micro-batches; it must be at least "
             f"{data_parallel_size * min_accumulate}"
         )
-    accumulate = min_accumulate
-    if global_batch // (data_parallel_size * accumulate) > max_micro_batch:
-        needed = -(-global_batch // (data_parallel_size * max_micro_batch))
-        # With micro-batches of one sample, rounding up would leave some of them empty.
-        accumulate = min(needed, global_batch // data_parallel_size)
-    return BatchSplit(global_batch // (data_parallel_size * accumulate), accumulate)
+    unit = data_parallel_size * min_accumulate
+    most = global_batch // unit  # more passes would leave some of them empty
+    fewest = -(-most // max_micro_batch)
+    choices = range(fewest, min(-(-5 * fewest // 4), most) + 1)
+    passes = max(choices, key=lambda j: (global_batch // (unit * j) * j, -j))
+    return BatchSplit(global_batch // (unit * passes), passes * min_accumulate)
 
 
 def _check_limits(

@@ -102,7 +102,9 @@ def test_a_batch_must_be_an_integer() -> None:
         (512, 4, 127, 1, (64, 2)),
         (512, 4, 32, 1, (32, 4)),
         (512, 4, 128, 2, (64, 2)),
-        (10, 1, 3, 1, (2, 4)),  # 8 of 10
+        (10, 1, 3, 1, (2, 5)),  # (2, 4) would lose two samples
+        (40, 1, 8, 4, (5, 8)),
+        (40, 2, 8, 2, (5, 4)),  # the same micro-batches, on two ranks
         (513, 4, 128, 1, (128, 1)),
         (5, 2, 1, 1, (1, 2)),  # rounding the accumulation up would leave empty micro-batches
         (7, 1, 1, 1, (1, 7)),
@@ -124,7 +126,7 @@ def test_every_split_fits_and_loses_less_than_one_sample_per_micro_batch() -> No
             batch, data_parallel_size=ranks, max_micro_batch=largest, min_accumulate=least
         )
         assert 1 <= micro <= largest
-        assert accumulate >= least
+        assert accumulate % least == 0
         assert 0 <= batch - micro * accumulate * ranks < accumulate * ranks
 
 
