@@ -102,7 +102,7 @@ class BatchController:
 
     def split(self, global_batch: int) -> BatchSplit:
         """Micro-batch and accumulation for a global batch, rounded down to what can be made."""
-        found = self._split(max(global_batch, self.start.accumulate * self.data_parallel_size))
+        found = self._split(global_batch)
         made = self.global_batch(found)
         if made != global_batch and not self.rule.needs_noise and not self.warned:
             self.warned = True
@@ -118,15 +118,23 @@ class BatchController:
         return self.start.micro_batch if self.max_micro_batch is None else self.max_micro_batch
 
     def _split(self, global_batch: int) -> BatchSplit:
-        start, ranks = self.start, self.data_parallel_size
-        # Estimates move in whole multiples of the start, schedules to the last micro-batch.
-        unit = start.accumulate if self.rule.needs_noise else 1
-        if self.max_micro_batch is None and global_batch >= self.global_batch(start):
-            per_unit = start.micro_batch * ranks * unit
-            return BatchSplit(start.micro_batch, global_batch // per_unit * unit)
+        """Accumulation in whole multiples of the start, where that loses nothing."""
+        found = self._multiple(global_batch, self.start.accumulate)
+        if self.rule.needs_noise or (found and self.global_batch(found) == global_batch):
+            return found or self.start
+        finest = self._multiple(global_batch, 1)
+        return max((s for s in (found, finest) if s), key=self.global_batch, default=self.start)
+
+    def _multiple(self, global_batch: int, unit: int) -> BatchSplit | None:
+        micro_batch, ranks = self.start.micro_batch, self.data_parallel_size
+        units = global_batch // (micro_batch * ranks * unit)
+        if self.max_micro_batch is None and units:
+            return BatchSplit(micro_batch, units * unit)
+        if global_batch < ranks * unit:
+            return None
         return split_global_batch(
             global_batch,
             data_parallel_size=ranks,
             max_micro_batch=self._max_micro_batch,
-            min_accumulate=start.accumulate,
+            min_accumulate=unit,
         )

@@ -17,7 +17,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class Classifier(LightningModule):
-    """Two linear layers with dropout; remembers the indices and the loss of every batch.
+    """Two linear layers with dropout and the same weights each time; remembers the indices and the loss of every batch.
 
     Args:
         optimizer: A key of `OPTIMIZERS`.
@@ -32,7 +32,10 @@ class Classifier(LightningModule):
         schedulers: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Dropout(dropout), nn.Linear(12, 3))
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            layers = (nn.Linear(6, 12), nn.ReLU(), nn.Dropout(dropout), nn.Linear(12, 3))
+        self.net = nn.Sequential(*layers)
         self.chosen = optimizer
         self.schedulers = schedulers
         self.seen: list[list[int]] = []
