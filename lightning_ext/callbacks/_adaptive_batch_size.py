@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_ext import _lightning, scaling
 from lightning_ext.callbacks._adaptive_checks import (
+    check_arguments,
     check_fit,
     define_wandb_axis,
     the_noise_scale,
@@ -85,6 +86,16 @@ class AdaptiveBatchSize(Callback):
         tokens_per_sample: int | None = None,
         reference_batch: int | None = None,
     ) -> None:
+        check_arguments(
+            {
+                "max_global_batch": max_global_batch,
+                "max_micro_batch": max_micro_batch,
+                "max_samples": max_samples,
+                "tokens_per_sample": tokens_per_sample,
+                "reference_batch": reference_batch,
+            },
+            lr_rule,
+        )
         self.controller = BatchController(
             *_rule_and_limit(rule, max_global_batch),
             max_micro_batch=max_micro_batch,
@@ -120,8 +131,8 @@ class AdaptiveBatchSize(Callback):
         if stage != "fit":
             return
         check_fit(trainer, pl_module, self.controller, self.max_samples, self.tokens_per_sample)
-        if self.controller.rule.needs_noise and self.source is None:
-            self.source = the_noise_scale(trainer, self)
+        if self.controller.rule.needs_noise:
+            self.source = the_noise_scale(trainer, self, self.source)
         _lightning.install_sampler(trainer, partial(self._prepare, trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -334,7 +345,8 @@ def _sizes(sampler: AdaptiveBatchSampler, batch_idx: int) -> BatchSplit:
 
 def _rule_and_limit(rule: str | BatchRule, max_global_batch: int | None) -> tuple[BatchRule, int]:
     parsed = scaling.parse_rule(rule)
-    limit = max_global_batch or getattr(parsed, "max_global_batch", None)
-    if limit is None:
+    if max_global_batch is None:
+        max_global_batch = getattr(parsed, "max_global_batch", None)
+    if max_global_batch is None:
         raise ValueError(f"rule={rule!r} needs max_global_batch, the largest batch it may reach.")
-    return parsed, limit
+    return parsed, max_global_batch

@@ -14,8 +14,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_ext._lightning import view
 from lightning_ext.callbacks._batch_controller import BatchController
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
+from lightning_ext.scaling import HYPERPARAMETER_RULES
 
 _warned: WeakSet[LightningModule] = WeakSet()
+
+
+def check_arguments(counts: dict[str, int | None], lr_rule: str) -> None:
+    """Refuses single arguments out of range.
+
+    Raises:
+        ValueError: With the argument's name, its value and what is allowed.
+    """
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} was {value}; it must be a positive integer, or None.")
+    if lr_rule not in ("auto", *HYPERPARAMETER_RULES):
+        raise ValueError(f"lr_rule was {lr_rule!r}; allowed are {('auto', *HYPERPARAMETER_RULES)}.")
 
 
 def check_fit(
@@ -65,13 +79,22 @@ def _check_unit(unit: str, max_samples: int | None, tokens_per_sample: int | Non
         )
 
 
-def the_noise_scale(trainer: Trainer, owner: Callback) -> GradientNoiseScale:
-    """The one GradientNoiseScale of the Trainer, made if there is none.
+def the_noise_scale(
+    trainer: Trainer, owner: Callback, source: GradientNoiseScale | None
+) -> GradientNoiseScale:
+    """The chosen or the one GradientNoiseScale of the Trainer, made if there is none.
 
     Raises:
-        MisconfigurationException: There are several.
+        MisconfigurationException: There are several, or the chosen one does not take part.
     """
     present = _callbacks(trainer)
+    if source is not None:
+        if source not in present:
+            raise MisconfigurationException(
+                "The GradientNoiseScale given as source= is not among the Trainer's callbacks."
+                " Hint: Trainer(callbacks=[..., source])."
+            )
+        return source
     found = [c for c in present if isinstance(c, GradientNoiseScale)]
     if len(found) > 1:
         raise MisconfigurationException(

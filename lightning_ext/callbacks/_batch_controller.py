@@ -47,6 +47,15 @@ class BatchController:
     data_parallel_size: int = 1
     warned: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuses what no rule could use."""
+        if not self.growth > 1:
+            raise ValueError(f"growth was {self.growth}; it must be above 1.")
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold was {self.threshold}; it must be 0 or more.")
+        if self.dwell_samples is not None and self.dwell_samples < 0:
+            raise ValueError(f"dwell_samples was {self.dwell_samples}; it must be 0 or more.")
+
     def bind(self, start: BatchSplit, data_parallel_size: int) -> None:
         """Fixes the sizes that training starts with, the smallest accumulation among them.
 

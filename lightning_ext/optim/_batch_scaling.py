@@ -24,11 +24,15 @@ from torch.optim import (
     SparseAdam,
 )
 
-from lightning_ext.scaling import Hyperparameters, scale_hyperparameters, scale_step_count
+from lightning_ext.scaling import (
+    HYPERPARAMETER_RULES,
+    Hyperparameters,
+    scale_hyperparameters,
+    scale_step_count,
+)
 
 _ADAM_FAMILY = (Adam, Adamax, NAdam, RAdam, RMSprop, SparseAdam)
 _DECOUPLED = (Adafactor, Muon)  # those that do not say so in their groups
-_RULES = ("none", "linear", "linear_samples", "sqrt", "sde")
 
 
 def batch_rule(optimizer: Optimizer) -> str:
@@ -51,8 +55,8 @@ def batch_rule(optimizer: Optimizer) -> str:
     if isinstance(optimizer, _ADAM_FAMILY):
         return "sde"
     raise ValueError(
-        f"There is no known batch rule for {type(optimizer).__name__}. Choose one of {_RULES}, or"
-        " give the class an attribute `batch_rule`."
+        f"There is no known batch rule for {type(optimizer).__name__}. Choose one of"
+        f" {HYPERPARAMETER_RULES}, or give the class an attribute `batch_rule`."
     )
 
 

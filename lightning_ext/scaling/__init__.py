@@ -9,6 +9,7 @@ from lightning_ext.scaling._ema import (
     half_life_to_decay,
 )
 from lightning_ext.scaling._hyperparameters import (
+    HYPERPARAMETER_RULES,
     Hyperparameters,
     scale_hyperparameters,
     scale_step_count,
@@ -24,6 +25,7 @@ from lightning_ext.scaling._rules import NoiseScaleRule, NormTest, parse_rule
 from lightning_ext.scaling._schedule import BatchSizeSchedule
 
 __all__ = [
+    "HYPERPARAMETER_RULES",
     "BatchEfficiency",
     "BatchRule",
     "BatchSizeSchedule",

@@ -22,7 +22,7 @@ from lightning_ext.scaling._validate import (
     require_positive,
 )
 
-_RULES = ("none", "linear", "linear_samples", "sqrt", "sde")
+HYPERPARAMETER_RULES = ("none", "linear", "linear_samples", "sqrt", "sde")
 
 
 class Hyperparameters(NamedTuple):
@@ -164,8 +164,10 @@ def _geometric_sum(momentum: float, kappa: float) -> float:
 
 def _check(kappa: float, rule: str, given: Hyperparameters, later: dict[str, float | None]) -> None:
     require_positive("kappa", kappa)
-    if rule not in _RULES:
-        raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(_RULES)}")
+    if rule not in HYPERPARAMETER_RULES:
+        raise ValueError(
+            f"rule={rule!r} is not known; choose one of {', '.join(HYPERPARAMETER_RULES)}"
+        )
     require_non_negative("lr", given.lr)
     for index, beta in enumerate(given.betas or ()):
         require_fraction(f"betas[{index}]", beta)

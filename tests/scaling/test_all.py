@@ -227,14 +227,20 @@ RECORDS = {
     "Proposal": Proposal(512.0, 512.0, "noise scale"),
 }
 PROTOCOLS = {"BatchRule"}
+NAMES = {"HYPERPARAMETER_RULES"}
 
 functions = pytest.mark.parametrize(
-    "name", [name for name in scaling.__all__ if name not in RECORDS.keys() | PROTOCOLS]
+    "name", [name for name in scaling.__all__ if name not in RECORDS.keys() | PROTOCOLS | NAMES]
 )
 
 
 def test_every_public_name_has_a_contract() -> None:
-    assert scaling.__all__ == sorted(CONTRACTS.keys() | RECORDS.keys() | PROTOCOLS)
+    assert set(scaling.__all__) == CONTRACTS.keys() | RECORDS.keys() | PROTOCOLS | NAMES
+
+
+def test_every_listed_rule_can_be_applied() -> None:
+    for rule in scaling.HYPERPARAMETER_RULES:
+        assert scale_hyperparameters(1.0, rule=rule, lr=0.1, momentum=0.9).lr == 0.1
 
 
 @functions
