@@ -15,14 +15,13 @@ from lightning_ext.callbacks._adaptive_checks import (
     check_fit,
     define_wandb_axis,
     the_noise_scale,
-    warn_batch_norm,
 )
 from lightning_ext.callbacks._batch_controller import BatchController
 from lightning_ext.callbacks._clipping import ClippedFraction
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
-from lightning_ext.data import AdaptiveBatchSampler
-from lightning_ext.optim import BatchScaling, sample_schedules
-from lightning_ext.scaling import BatchRule, BatchSplit, Observation
+from lightning_ext.callbacks._running_batch import RunningBatch
+from lightning_ext.optim import sample_schedules
+from lightning_ext.scaling import BatchRule
 
 
 class AdaptiveBatchSize(Callback):
@@ -96,7 +95,7 @@ class AdaptiveBatchSize(Callback):
             },
             lr_rule,
         )
-        self.controller = BatchController(
+        controller = BatchController(
             *_rule_and_limit(rule, max_global_batch),
             max_micro_batch=max_micro_batch,
             growth=growth,
@@ -104,65 +103,54 @@ class AdaptiveBatchSize(Callback):
             threshold=threshold,
             monotone=monotone,
         )
-        self.lr_rule = lr_rule
-        self.max_samples = max_samples
-        self.scale_weight_decay = scale_weight_decay
-        self.rescale_last_window = rescale_last_window
         self.source = source
-        self.tokens_per_sample = tokens_per_sample
-        self.reference_batch = reference_batch
-        self.samples_seen = 0
-        self._last_change = 0
-        self._in_force: BatchSplit | None = None
+        self.max_samples = max_samples
+        self.rescale_last_window = rescale_last_window
+        self.batch = RunningBatch(
+            controller,
+            lr_rule=lr_rule,
+            scale_weight_decay=scale_weight_decay,
+            tokens_per_sample=tokens_per_sample,
+            total_samples=max_samples,
+            reference_batch=reference_batch,
+        )
         self._clipped = ClippedFraction()
-        self._position: dict[str, Any] | None = None
         self._random_state: list[dict[str, Any]] | None = None
-        self._sampler: AdaptiveBatchSampler | None = None
-        self._scaling: BatchScaling | None = None
         self._share = _lightning.BatchShare(0, 0, 0, 1.0)
 
     @property
     def global_batch(self) -> int:
         """Samples of the next optimizer step."""
-        return self.controller.global_batch(self._in_force or self.controller.start)
+        return self.batch.global_batch
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples of all optimizer steps so far."""
+        return self.batch.samples_seen
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks the settings and takes over the train loader's batch sampler."""
         if stage != "fit":
             return
-        check_fit(trainer, pl_module, self.controller, self.max_samples, self.tokens_per_sample)
-        if self.controller.rule.needs_noise:
+        check_fit(trainer, pl_module, self.batch)
+        if self.batch.controller.rule.needs_noise:
             self.source = the_noise_scale(trainer, self, self.source)
-        _lightning.install_sampler(trainer, partial(self._prepare, trainer))
+        prepare = partial(self.batch.prepare, trainer, rescale_last_window=self.rescale_last_window)
+        _lightning.install_sampler(trainer, prepare)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies the sizes to begin with, or goes on where the checkpoint stopped."""
-        self._sampler = _lightning.live_sampler(trainer)
         define_wandb_axis(trainer)
-        resuming = trainer.fit_loop.is_resuming
-        if self._in_force is None or not resuming:
-            self._in_force = _sizes(self._live, 0)
-        _lightning.view(trainer).set_accumulate(self._in_force.accumulate)
-        self._scaling = BatchScaling(
-            trainer.optimizers[0],
-            self.lr_rule,
-            kappa=self._kappa,
-            scale_weight_decay=self.scale_weight_decay,
-        )
-        if resuming:
+        self.batch.begin(trainer)
+        if trainer.fit_loop.is_resuming:
             restore = partial(_lightning.restore_random_state, trainer, self._random_state)
-            _lightning.resume_position(trainer, self._position, restore)
+            _lightning.resume_position(trainer, self.batch.position, restore)
         else:
-            self._live.set_epoch(trainer.current_epoch)
             _lightning.sync_lengths(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the sampler's epoch, with the sizes that were asked for at the last one's end."""
-        self._sampler = _lightning.live_sampler(trainer)
-        if self._live.consumed > 0:
-            self._live.next_epoch()
-        self._apply_due(trainer, pl_module, 0)
-        _lightning.sync_lengths(trainer)
+        self.batch.begin_epoch(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -191,13 +179,14 @@ class AdaptiveBatchSize(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimizer step: counts, asks the rule, and changes what is due."""
-        self._live.consume()
+        self.batch.sampler.consume()
         if not _lightning.steps_now(trainer):
             return
-        self.samples_seen += self._share.window
-        pl_module.log_dict(self._values(), on_step=True, on_epoch=False)
-        self._decide(trainer)
-        self._apply_due(trainer, pl_module, batch_idx + 1)
+        self.batch.samples_seen += self._share.window
+        values = self.batch.values() | self._clipped.values()
+        pl_module.log_dict(values, on_step=True, on_epoch=False)
+        self.batch.decide(trainer, self.source)
+        self.batch.apply_due(trainer, batch_idx + 1)
         if self.max_samples is not None and self.samples_seen >= self.max_samples:
             trainer.should_stop = True
 
@@ -209,138 +198,30 @@ class AdaptiveBatchSize(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leaves Trainer and optimizer as they were."""
-        self._release(trainer)
+        self.batch.release(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leaves Trainer and optimizer as they were."""
-        self._release(trainer)
-        if self._sampler is not None:
-            self._position = self._sampler.state_dict()
-            self._sampler.resize(*self.controller.start)
-        self._sampler = None
+        """Leaves Trainer, optimizer and loader as they were."""
+        self.batch.release(trainer)
+        self.batch.end()
 
     def state_dict(self) -> dict[str, Any]:
         """Sizes, counts and the position in the data."""
-        sampler = self._sampler
-        return {
-            "reference_batch": self.reference_batch,
-            "samples_seen": self.samples_seen,
-            "last_change": self._last_change,
-            "in_force": None if self._in_force is None else list(self._in_force),
-            "clipped": self._clipped.state_dict(),
-            "sampler": self._position if sampler is None else sampler.state_dict(),
-        }
+        return {**self.batch.state_dict(), "clipped": self._clipped.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the counts; the position is restored when the loader is there."""
-        self.reference_batch = state_dict["reference_batch"]
-        self.samples_seen = state_dict["samples_seen"]
-        self._last_change = state_dict["last_change"]
-        sizes = state_dict["in_force"]
-        self._in_force = None if sizes is None else BatchSplit(*sizes)
+        self.batch.load_state_dict(state_dict)
         self._clipped.load_state_dict(state_dict["clipped"])
-        self._position = state_dict["sampler"]
         self._random_state = state_dict.get("random_state")
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds the random state of every rank."""
-        if self._sampler is not None:
+        """Adds the random state of every rank, during fit."""
+        if self.batch.running:
             own = checkpoint["callbacks"][self.state_key]
             own["random_state"] = _lightning.random_state(trainer)
-
-    @property
-    def _live(self) -> AdaptiveBatchSampler:
-        if self._sampler is None:
-            raise RuntimeError("AdaptiveBatchSize has a sampler during fit only.")
-        return self._sampler
-
-    @property
-    def _kappa(self) -> float:
-        return self.global_batch / (self.reference_batch or self.global_batch)
-
-    def _prepare(self, trainer: Trainer, sampler: AdaptiveBatchSampler) -> None:
-        """Learns the sizes that the user set, and asks for those to begin with."""
-        size = _lightning.view(trainer).data_parallel_size
-        start = BatchSplit(sampler.batch_size, trainer.accumulate_grad_batches)
-        self.controller.bind(start, size)
-        if self.reference_batch is None:
-            self.reference_batch = self.controller.global_batch(start)
-        sampler.reference_batch = self.reference_batch
-        sampler.rescale_last_window = self.rescale_last_window
-        begin = start
-        if not self.controller.rule.needs_noise:
-            decision = self.controller.decide(self._observe(self.controller.global_batch(start)))
-            begin = self.controller.split(decision.global_batch) if decision else start
-        elif self._in_force is not None:
-            begin = self._in_force
-        sampler.resize(*begin)
-
-    def _observe(self, global_batch: int) -> Observation:
-        per_sample = self.tokens_per_sample
-        needs_noise = self.controller.rule.needs_noise and self.source is not None
-        return Observation(
-            global_batch=global_batch,
-            samples_seen=self.samples_seen,
-            noise=self.source.estimate() if needs_noise and self.source else None,
-            tokens_seen=None if per_sample is None else self.samples_seen * per_sample,
-            total_samples=self.max_samples,
-        )
-
-    def _decide(self, trainer: Trainer) -> None:
-        """Asks the rule once the last change is done, and every rank takes the same number."""
-        asked = BatchSplit(self._live.batch_size, self._live.accumulate)
-        since = self.samples_seen - self._last_change
-        if asked != self._in_force or self.controller.dwells(self.global_batch, since):
-            return
-        if self.controller.rule.needs_noise and not (self.source and self.source.measured):
-            return
-        view = _lightning.view(trainer)
-        decision = self.controller.decide(self._observe(self.global_batch))
-        (target,) = view.largest(decision.global_batch if decision else self.global_batch)
-        split = self.controller.split(target)
-        if split != self._in_force:
-            view.set_micro_batch(split.micro_batch, accumulate=split.accumulate)
-
-    def _apply_due(self, trainer: Trainer, pl_module: LightningModule, next_batch: int) -> None:
-        """Changes accumulation and hyper-parameters where the next batch has new sizes."""
-        if next_batch >= _lightning.epoch_end(trainer):
-            return
-        split = _sizes(self._live, next_batch)
-        if split == self._in_force or self._scaling is None:
-            return
-        if self._in_force and split.micro_batch != self._in_force.micro_batch:
-            warn_batch_norm(pl_module)
-        _lightning.view(trainer).set_accumulate(split.accumulate)
-        self._in_force = split
-        self._last_change = self.samples_seen
-        self._scaling.set_kappa(self._kappa)
-
-    def _values(self) -> dict[str, float]:
-        split = self._in_force or self.controller.start
-        values = {
-            "global_batch": float(self.global_batch),
-            "micro_batch": float(split.micro_batch),
-            "accumulate": float(split.accumulate),
-            "samples_seen": float(self.samples_seen),
-        }
-        if self._scaling is not None:
-            values["lr_scaled"] = self._scaling.lrs()[0]
-        if self.tokens_per_sample is not None:
-            values["tokens_seen"] = float(self.samples_seen * self.tokens_per_sample)
-        return values | self._clipped.values()
-
-    def _release(self, trainer: Trainer) -> None:
-        _lightning.uninstall_sampler(trainer)
-        if self._scaling is not None:
-            self._scaling.detach()
-            trainer.accumulate_grad_batches = self.controller.start.accumulate
-        self._scaling = None
-
-
-def _sizes(sampler: AdaptiveBatchSampler, batch_idx: int) -> BatchSplit:
-    return BatchSplit(*sampler.plan.segment(batch_idx)[1:])
 
 
 def _rule_and_limit(rule: str | BatchRule, max_global_batch: int | None) -> tuple[BatchRule, int]:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from weakref import WeakSet
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ext._lightning import view
-from lightning_ext.callbacks._batch_controller import BatchController
+from lightning_ext.callbacks._batch_norm import warn_batch_norm
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
+from lightning_ext.callbacks._running_batch import RunningBatch
 from lightning_ext.scaling import HYPERPARAMETER_RULES
-
-_warned: WeakSet[LightningModule] = WeakSet()
 
 
 def check_arguments(counts: dict[str, int | None], lr_rule: str) -> None:
@@ -32,13 +27,7 @@ def check_arguments(counts: dict[str, int | None], lr_rule: str) -> None:
         raise ValueError(f"lr_rule was {lr_rule!r}; allowed are {('auto', *HYPERPARAMETER_RULES)}.")
 
 
-def check_fit(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    controller: BatchController,
-    max_samples: int | None,
-    tokens_per_sample: int | None,
-) -> None:
+def check_fit(trainer: Trainer, pl_module: LightningModule, batch: RunningBatch) -> None:
     """Refuses settings that do not fit together.
 
     Raises:
@@ -56,6 +45,7 @@ def check_fit(
             " accumulate_grad_batches. Hint: give AdaptiveBatchSize a schedule and leave the other"
             " out."
         )
+    controller = batch.controller
     ranks, passes = view(trainer).data_parallel_size, trainer.accumulate_grad_batches
     if controller.rule.needs_noise and ranks * passes < 2:
         raise MisconfigurationException(
@@ -63,17 +53,18 @@ def check_fit(
             f" accumulate_grad_batches={passes} and {ranks} data-parallel rank. Hint:"
             " Trainer(accumulate_grad_batches=2)."
         )
-    _check_unit(getattr(controller.rule, "unit", "samples"), max_samples, tokens_per_sample)
+    _check_unit(batch)
     if controller.max_micro_batch is not None:
         warn_batch_norm(pl_module)
 
 
-def _check_unit(unit: str, max_samples: int | None, tokens_per_sample: int | None) -> None:
-    if unit == "percent" and max_samples is None:
+def _check_unit(batch: RunningBatch) -> None:
+    unit = getattr(batch.controller.rule, "unit", "samples")
+    if unit == "percent" and batch.total_samples is None:
         raise MisconfigurationException(
             "A schedule in percent needs to know of how much. Hint: set max_samples."
         )
-    if unit == "tokens" and tokens_per_sample is None:
+    if unit == "tokens" and batch.tokens_per_sample is None:
         raise MisconfigurationException(
             "A schedule in tokens needs to count them. Hint: set tokens_per_sample."
         )
@@ -105,18 +96,6 @@ def the_noise_scale(
         found = [GradientNoiseScale()]
         present.insert(present.index(owner) + 1, found[0])
     return found[0]
-
-
-def warn_batch_norm(pl_module: LightningModule) -> None:
-    """Warns, once for a module, that batch normalization will see another batch size."""
-    layers = [name for name, layer in pl_module.named_modules() if isinstance(layer, _BatchNorm)]
-    if layers and pl_module not in _warned:
-        _warned.add(pl_module)
-        rank_zero_warn(
-            f"The micro-batch may change, and with it the statistics batch of {len(layers)} batch"
-            f" normalization layers (the first is {layers[0]!r}). Hint: leave max_micro_batch at"
-            " None, so that only accumulation changes, or use GroupNorm or LayerNorm."
-        )
 
 
 def define_wandb_axis(trainer: Trainer) -> None:

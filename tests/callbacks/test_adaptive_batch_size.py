@@ -171,7 +171,7 @@ def test_dwell_keeps_changes_apart() -> None:
 
     class Note(Callback):
         def on_train_batch_end(self, run: Any, *args: Any) -> None:
-            changes.append(adaptive._last_change)
+            changes.append(adaptive.batch.last_change)
 
     adaptive = AdaptiveBatchSize("noise_scale", max_global_batch=96, dwell_samples=100)
     fit([adaptive, Note()], max_epochs=8)
