@@ -127,12 +127,12 @@ class BatchController:
         return self.start.micro_batch if self.max_micro_batch is None else self.max_micro_batch
 
     def _split(self, global_batch: int) -> BatchSplit:
-        """Accumulation in whole multiples of the start, where that loses nothing."""
-        found = self._multiple(global_batch, self.start.accumulate)
-        if self.rule.needs_noise or (found and self.global_batch(found) == global_batch):
-            return found or self.start
-        finest = self._multiple(global_batch, 1)
-        return max((s for s in (found, finest) if s), key=self.global_batch, default=self.start)
+        """Accumulation in multiples of the start; a schedule leaves them where that is exacter."""
+        if self.rule.needs_noise:
+            return self._multiple(global_batch, self.start.accumulate) or self.start
+        units = {1 if self.max_micro_batch is None else self.start.accumulate, 1}
+        found = [self._multiple(global_batch, unit) for unit in sorted(units, reverse=True)]
+        return max((split for split in found if split), key=self.global_batch, default=self.start)
 
     def _multiple(self, global_batch: int, unit: int) -> BatchSplit | None:
         micro_batch, ranks = self.start.micro_batch, self.data_parallel_size

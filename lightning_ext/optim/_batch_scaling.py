@@ -69,7 +69,7 @@ class BatchScaling:
     goes on unbroken; NAdam's ``momentum_decay``, which counts steps, is multiplied by
     :math:`\kappa`. Under ``"linear_samples"`` SGD's momentum buffer is scaled such that lr × buffer
     per sample does not jump. RAdam takes no adaptive step before its sixth, whatever the batch: a
-    switch before step :math:`5\kappa` makes it begin that phase again.
+    switch before about step :math:`5\kappa` makes it begin that again.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``.

@@ -1,0 +1,165 @@
+"""The contract of the room, run over everything that it lists."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from harness import Classifier, dataset, fit, loader, run_distributed, same_weights, trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, SequentialSampler
+
+from lightning_ext import callbacks
+from lightning_ext.callbacks import EMA, AdaptiveBatchSize, GradientNoiseScale
+from lightning_ext.data import AdaptiveBatchSampler
+
+
+class Contract(NamedTuple):
+    """How to make a callback that changes nothing, one at work, and another one beside it."""
+
+    neutral: Callable[[], Callback]
+    at_work: Callable[[], Callback]
+    another: Callable[[], Callback] | None  # None: two in one Trainer are refused
+
+
+CONTRACTS = {
+    "AdaptiveBatchSize": Contract(
+        neutral=lambda: AdaptiveBatchSize("0:8", rescale_last_window=False),
+        at_work=lambda: AdaptiveBatchSize("0:8 40:16 100:32", max_micro_batch=8),
+        another=None,
+    ),
+    "EMA": Contract(
+        neutral=lambda: EMA(0.9),
+        at_work=lambda: EMA(0.9, every_n_steps=2),
+        another=lambda: EMA(0.99),
+    ),
+    "GradientNoiseScale": Contract(
+        neutral=lambda: GradientNoiseScale(),
+        at_work=lambda: GradientNoiseScale(every_n_steps=2),
+        another=lambda: GradientNoiseScale(every_n_steps=3),
+    ),
+}
+
+every_callback = pytest.mark.parametrize("name", callbacks.__all__)
+
+
+def test_every_callback_has_a_contract() -> None:
+    assert set(callbacks.__all__) == CONTRACTS.keys()
+
+
+@every_callback
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_neutral_is_bitwise_the_run_without_it(name: str, accumulate: int) -> None:
+    settings = {"accumulate_grad_batches": accumulate, "train": loader(48)}
+    neutral = CONTRACTS[name].neutral
+    if name == "AdaptiveBatchSize":
+        neutral = lambda: AdaptiveBatchSize(f"0:{4 * accumulate}", rescale_last_window=False)  # noqa: E731 (one line beside its use)
+    with_it, _ = fit([neutral()], **settings)
+    without, _ = fit([], **settings)
+    assert with_it.losses == without.losses
+    assert same_weights(with_it, without)
+
+
+def state_of(callback: Callback) -> Any:
+    state: dict[str, Any] = callback.state_dict()
+    average = callback._average if isinstance(callback, EMA) else None
+    return state, {} if average is None else average._tensors
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+@every_callback
+def test_a_checkpoint_in_between_changes_nothing(name: str, tmp_path: Path) -> None:
+    def run(ckpt_path: Path | None) -> Any:
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+        # Position and random state are AdaptiveBatchSize's work; the others are tried beside it.
+        carrier = [] if name == "AdaptiveBatchSize" else [CONTRACTS["AdaptiveBatchSize"].neutral()]
+        one = CONTRACTS[name].at_work()
+        module, _ = fit(
+            [*carrier, one, saver], train=loader(50), ckpt_path=ckpt_path, enable_checkpointing=True
+        )
+        return module, state_of(one)
+
+    module, state = run(None)
+    for path in sorted(tmp_path.glob("*.ckpt")):
+        again, resumed = run(path)
+        assert same_weights(again, module)
+        assert equal(state, resumed)
+
+
+@every_callback
+def test_two_instances(name: str) -> None:
+    contract = CONTRACTS[name]
+    if contract.another is None:
+        with pytest.raises(RuntimeError, match="more than one stateful callback"):
+            fit([contract.at_work(), contract.at_work()])
+    else:
+        one, other = contract.at_work(), contract.another()
+        alone = contract.at_work()
+        fit([one, other])
+        fit([alone])
+        assert equal(state_of(one), state_of(alone))
+        assert not equal(state_of(other), state_of(alone))
+
+
+@every_callback
+def test_pickle_before_and_after_fit(name: str) -> None:
+    callback = CONTRACTS[name].at_work()
+    pickle.loads(pickle.dumps(callback))
+    fit([callback])
+    again = pickle.loads(pickle.dumps(callback))
+    assert equal(again.state_dict(), callback.state_dict())
+
+
+def test_ddp_spawn() -> None:
+    all_of_them = [contract.at_work() for contract in CONTRACTS.values()]
+    run = trainer(all_of_them, strategy="ddp_spawn", devices=2, limit_val_batches=0)
+    run.fit(Classifier(), loader())
+    assert run.callback_metrics["samples_seen"] == 192
+    assert run.callback_metrics["global_batch"] == 32
+
+
+def in_float64(name: str, accumulate: int, devices: int) -> Any:
+    data = dataset(96, torch.float64)
+    sampler = AdaptiveBatchSampler(SequentialSampler(range(96)), 4)
+    carrier = [AdaptiveBatchSize("0:16 32:32")] if name != "AdaptiveBatchSize" else []
+    callback = CONTRACTS[name].at_work()
+    if name == "AdaptiveBatchSize":
+        callback = AdaptiveBatchSize("0:16 40:32 100:64", max_micro_batch=8)
+    module, run = fit(
+        [*carrier, callback],
+        module=Classifier(dropout=0.0).double(),
+        train=DataLoader(data, batch_sampler=sampler),
+        accumulate_grad_batches=accumulate,
+        **({"strategy": "ddp", "devices": 2} if devices == 2 else {}),
+    )
+    state, tensors = state_of(callback)
+    state.pop("sampler", None)
+    state.pop("in_force", None)
+    history = [state.pop("history").flatten()] if "history" in state else []
+    numbers = torch.cat([*history, *(t.flatten() for t in tensors.values()), torch.zeros(1)])
+    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+    return state, numbers, weights, run.callback_metrics["global_batch"].item()
+
+
+@every_callback
+def test_two_processes_equal_one(name: str) -> None:
+    state, numbers, weights, batch = in_float64(name, 4, 1)
+    for rank in run_distributed(in_float64, args=(name, 2, 2)):
+        assert rank[0] == state
+        torch.testing.assert_close(rank[1], numbers, rtol=0, atol=1e-12)
+        torch.testing.assert_close(rank[2], weights, rtol=0, atol=1e-12)
+        assert rank[3] == batch
