@@ -1,4 +1,7 @@
-"""The random generators of every rank, in types that a weights-only load accepts."""
+"""The random generators of every rank, in types that a weights-only load accepts.
+
+Private: ``fit_loop._combined_loader``.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,16 @@ from lightning_ext._lightning._view import view
 
 
 def random_state(trainer: Trainer) -> list[dict[str, Any]]:
-    """Collects the Python, NumPy, torch and device generators of all ranks (a collective)."""
+    """Collects the Python, NumPy, torch, device and loader generators of all ranks.
+
+    It is a collective: every rank must call.
+    """
     seen = view(trainer)
+    state = _local_state() | {"loader": [g.get_state() for g in _loader_generators(trainer)]}
     if seen.data_parallel_size == 1:
-        return [_local_state()]
+        return [state]
     states: list[Any] = [None] * seen.data_parallel_size
-    dist.all_gather_object(states, _local_state(), group=seen.data_parallel_group)
+    dist.all_gather_object(states, state, group=seen.data_parallel_group)
     return states
 
 
@@ -35,7 +42,23 @@ def restore_random_state(trainer: Trainer, states: list[dict[str, Any]] | None) 
             f" {seen.data_parallel_size}: generators go on from the seed, not from the checkpoint."
         )
         return
-    _set_local_state(states[seen.data_parallel_rank])
+    state = states[seen.data_parallel_rank]
+    _set_local_state(state)
+    for generator, saved in zip(_loader_generators(trainer), state["loader"], strict=True):
+        generator.set_state(saved)
+
+
+def _loader_generators(trainer: Trainer) -> list[torch.Generator]:
+    """Generators that the user gave to the train loader or to its sampler, each once."""
+    loaders = trainer.fit_loop._combined_loader
+    found: dict[int, torch.Generator] = {}
+    for loader in loaders.flattened if loaders is not None else ():
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+        for owner in (loader, sampler):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                found[id(generator)] = generator
+    return list(found.values())
 
 
 def _local_state() -> dict[str, Any]:

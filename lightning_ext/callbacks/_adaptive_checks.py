@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+)
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -12,6 +16,12 @@ from lightning_ext.callbacks._batch_norm import warn_batch_norm
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
 from lightning_ext.callbacks._running_batch import RunningBatch
 from lightning_ext.scaling import HYPERPARAMETER_RULES
+
+_RIVALS: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: "give AdaptiveBatchSize a schedule and leave the other out",
+    BatchSizeFinder: "find the size first, with a Trainer of its own",
+    LearningRateFinder: "find the learning rate first, with a Trainer of its own",
+}
 
 
 def check_arguments(counts: dict[str, int | None], lr_rule: str) -> None:
@@ -39,12 +49,11 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, batch: RunningBatch)
             " (automatic_optimization=False) does not use. Hint: let the Trainer call the"
             " optimizer."
         )
-    if any(isinstance(c, GradientAccumulationScheduler) for c in _callbacks(trainer)):
-        raise MisconfigurationException(
-            "GradientAccumulationScheduler and AdaptiveBatchSize would both set"
-            " accumulate_grad_batches. Hint: give AdaptiveBatchSize a schedule and leave the other"
-            " out."
-        )
+    for other, hint in _RIVALS.items():
+        if any(isinstance(c, other) for c in _callbacks(trainer)):
+            raise MisconfigurationException(
+                f"{other.__name__} and AdaptiveBatchSize cannot share a fit. Hint: {hint}."
+            )
     controller = batch.controller
     ranks, passes = view(trainer).data_parallel_size, trainer.accumulate_grad_batches
     if controller.rule.needs_noise and ranks * passes < 2:

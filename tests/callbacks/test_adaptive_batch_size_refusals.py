@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Classifier, dataset, fit, loader
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from harness import Classifier, dataset, fit, loader, trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -102,10 +107,23 @@ def test_settings_that_do_not_fit(name: str) -> None:
         fit([make()], **settings)
 
 
-def test_accumulation_that_two_would_set() -> None:
-    both = [AdaptiveBatchSize("0:4"), GradientAccumulationScheduler({0: 1, 1: 2})]
-    with pytest.raises(MisconfigurationException, match="both set"):
-        fit(both, accumulate_grad_batches=1)
+@pytest.mark.parametrize(
+    "other",
+    [GradientAccumulationScheduler({0: 1, 1: 2}), LearningRateFinder()],
+    ids=lambda other: type(other).__name__,
+)
+def test_callbacks_that_would_set_the_batch_too(other: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=f"{type(other).__name__} and Adaptive"):
+        fit([AdaptiveBatchSize("0:4"), other], accumulate_grad_batches=1)
+
+
+def test_a_search_for_the_batch_needs_a_trainer_of_its_own() -> None:
+    module = Classifier()
+    module.batch_size = 4
+    module.train_dataloader = lambda: loader(batch_size=module.batch_size)
+    run = trainer([AdaptiveBatchSize("0:8"), BatchSizeFinder()], limit_val_batches=0)
+    with pytest.raises(MisconfigurationException, match="BatchSizeFinder and Adaptive"):
+        run.fit(module)
 
 
 def test_several_noise_scales_need_a_choice() -> None:
@@ -210,8 +228,6 @@ def test_after_an_exception_the_trainer_is_as_it_was() -> None:
             if batch_idx == 9:
                 raise RuntimeError("broken")
             return super().training_step(batch, batch_idx)
-
-    from harness import trainer
 
     adaptive = AdaptiveBatchSize("0:8 16:32", max_micro_batch=4)
     run = trainer([adaptive], limit_val_batches=0)

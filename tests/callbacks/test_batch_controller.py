@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from lightning_ext.callbacks._batch_controller import BatchController
-from lightning_ext.scaling import BatchSplit, NoiseScale, NoiseScaleRule, Observation, parse_rule
+from lightning_ext.callbacks import AdaptiveBatchSize
+from lightning_ext.scaling import BatchSplit, NoiseScale, NoiseScaleRule, Observation
 
 
-def bound(rule: str = "noise_scale", limit: int = 4096, ranks: int = 1, **kwargs: Any) -> Any:
+def bound(rule: Any = "noise_scale", limit: int = 4096, ranks: int = 1, **kwargs: Any) -> Any:
     start = kwargs.pop("start", BatchSplit(8, 4))
-    controller = BatchController(parse_rule(rule), limit, **kwargs)
+    controller = AdaptiveBatchSize(rule, max_global_batch=limit, **kwargs).batch.controller
     controller.bind(start, ranks)
     return controller
 
@@ -23,7 +23,7 @@ def noise(value: float) -> NoiseScale:
     return NoiseScale(value, value, value, 1.0, value, 1)
 
 
-def decided(controller: BatchController, batch: int, value: float) -> int:
+def decided(controller: Any, batch: int, value: float) -> int:
     decision = controller.decide(Observation(batch, 0, noise(value)))
     assert decision is not None
     return decision.global_batch
@@ -109,6 +109,5 @@ def test_a_rule_may_be_any_object_with_the_two_members() -> None:
         def propose(self, observation: Observation) -> Any:
             return NoiseScaleRule(factor=2.0).propose(observation)
 
-    controller = BatchController(parse_rule(Always()), 4096)
-    controller.bind(BatchSplit(8, 4), 1)
+    controller = bound(Always())
     assert decided(controller, 32, 30) == 60

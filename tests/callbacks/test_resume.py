@@ -20,6 +20,14 @@ from lightning_ext.data import AdaptiveBatchSampler
 from lightning_ext.optim import SampleSchedule
 
 
+class Expectant(Classifier):
+    """Asks how many steps there will be, and so has the loader set up before the restore."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches > 0
+        return super().configure_optimizers()
+
+
 def up_and_down() -> AdaptiveBatchSize:
     return AdaptiveBatchSize("0:8 30:16 70:32 150:8", max_micro_batch=8)
 
@@ -47,6 +55,10 @@ def cosine(optimizer: Any) -> Any:
 def by_samples(optimizer: Any) -> Any:
     schedule = SampleSchedule(optimizer, lambda seen: 1 / (1 + seen / 50), samples_per_step=8)
     return {"scheduler": schedule, "interval": "step"}
+
+
+def with_generator() -> Any:
+    return loader(50, generator=torch.Generator().manual_seed(7))
 
 
 def seeded() -> Any:
@@ -92,9 +104,11 @@ CASES: dict[str, dict[str, Any]] = {
     "epochs cut at a number": {"trainer": {"limit_train_batches": 7}},
     "epochs cut at a fraction": {"trainer": {"limit_train_batches": 0.6}},
     "plateau": {"schedulers": on_plateau},
+    "loader set up early": {"module": Expectant},
     "cosine": {"schedulers": cosine},
     "schedule by samples": {"schedulers": by_samples, "optimizer": "sgd"},
     "seeded sampler": {"train": seeded},
+    "a generator of the user's": {"train": with_generator},
     "clipping": {"trainer": {"gradient_clip_val": 0.05}},
     "saved at the end of epochs": {"saved": {"save_on_train_epoch_end": True}},
     "saved at the end of epochs, max_steps": {
@@ -108,7 +122,8 @@ CASES: dict[str, dict[str, Any]] = {
 def train(case: dict[str, Any], folder: Path, ckpt_path: str | None = None) -> tuple[Any, Trainer]:
     saves = case.get("saved", {"every_n_train_steps": 1})
     adaptive = case.get("adaptive", up_and_down)()
-    module = Classifier(case.get("optimizer", "adamw"), schedulers=case.get("schedulers"))
+    make = case.get("module", Classifier)
+    module = make(case.get("optimizer", "adamw"), schedulers=case.get("schedulers"))
     workers = case.get("workers", 0)
     return fit(
         [
