@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import Classifier, fit, loader, same_weights
-from lightning.pytorch import Trainer
+from harness import Classifier, fit, loader, run_distributed, same_weights
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from torch.utils.data import RandomSampler
@@ -156,3 +157,36 @@ def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> No
             found = end_state(resumed)
             different = [key for key in expected if not identical(expected[key], found[key])]
             assert different == [], path.name
+
+
+def killed_at(step: int | None, folder: str, name: str | None) -> Any:
+    """Trains in a process of its own, which dies without a word after a step."""
+
+    class Kill(Callback):
+        def on_train_batch_end(self, run: Trainer, *args: Any) -> None:
+            if run.global_step == step:
+                os._exit(9)
+
+    saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    module, _ = fit(
+        [by_noise(), EMA(0.9), saver, Kill()],
+        train=loader(50),
+        ckpt_path=None if name is None else f"{folder}/{name}",
+        enable_checkpointing=True,
+    )
+    return module.seen, module.state_dict()
+
+
+def test_a_killed_process_loses_nothing_that_was_saved(tmp_path: Path) -> None:
+    ((seen, weights),) = run_distributed(
+        killed_at, world_size=1, args=(None, str(tmp_path / "whole"), None)
+    )
+    with pytest.raises(RuntimeError, match="exit code 9"):
+        run_distributed(killed_at, world_size=1, args=(6, str(tmp_path / "killed"), None))
+    last = sorted((tmp_path / "killed").glob("*.ckpt"))[-1]
+    assert last.name == "step=5.ckpt"  # the step that killed it was not saved
+    ((rest, again),) = run_distributed(
+        killed_at, world_size=1, args=(None, str(tmp_path / "killed"), last.name)
+    )
+    assert rest == seen[len(seen) - len(rest) :]
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
