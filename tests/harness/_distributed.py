@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import time
 import traceback
@@ -17,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 import torch
+from torch.distributed import TCPStore
 
 StartMethod = Literal["fork", "spawn"]
 
@@ -61,7 +61,9 @@ def run_distributed(
     """
     call = pickle.dumps((fn, args))
     context = _context(start_method or _default_start_method())
-    environment = _torchrun_environment(world_size)
+    # As torchrun's agent does, the parent keeps the store: no port is free for others in between.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = _torchrun_environment(world_size, store.port)
     workers: dict[Connection, BaseProcess] = {}
     try:
         for rank in range(world_size):
@@ -89,10 +91,7 @@ def _context(start_method: StartMethod) -> ForkContext | SpawnContext:
     return multiprocessing.get_context("spawn")
 
 
-def _torchrun_environment(world_size: int) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _torchrun_environment(world_size: int, port: int) -> dict[str, str]:
     return {
         "GROUP_RANK": "0",
         "WORLD_SIZE": str(world_size),
@@ -100,6 +99,7 @@ def _torchrun_environment(world_size: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": "1",
     }
 

@@ -18,7 +18,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class Classifier(LightningModule):
-    """Two linear layers with dropout and the same weights each time; remembers the indices and the loss of every batch.
+    """Two linear layers with dropout, the same weights each time.
+
+    It remembers the indices and the loss of every batch.
 
     Args:
         optimizer: A key of `OPTIMIZERS`.
