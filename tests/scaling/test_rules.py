@@ -106,7 +106,9 @@ def test_an_unknown_name_is_answered_with_the_choices() -> None:
         parse_rule("gns")
 
 
-@pytest.mark.parametrize("wrong", [None, 256, NoiseScaleRule, object()], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [None, 256, NoiseScaleRule, object()], ids=lambda wrong: type(wrong).__name__
+)
 def test_what_is_not_a_rule_is_refused(wrong) -> None:
     with pytest.raises(TypeError, match="a rule must be"):
         parse_rule(wrong)

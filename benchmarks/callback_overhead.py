@@ -1,0 +1,182 @@
+"""Time an optimizer step with and without each callback, in pairs of short fits in one process.
+
+    PYTHONPATH=. python benchmarks/callback_overhead.py --device cpu
+
+First it asserts that the neutral callback leaves the weights bit for bit as they are without it.
+Rows go to `benchmarks/results/callback_overhead.csv`, one for each thing, variant, mode, dtype,
+shape and device; a new run replaces its rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import platform
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ext.callbacks import EMA, AdaptiveBatchSize, GradientNoiseScale
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "callback_overhead.csv"
+KEY = ("thing", "variant", "mode", "dtype", "shape", "device")
+WARM_UP = 3
+THINGS: dict[str, Callable[[int], Callback]] = {
+    "EMA": lambda batch: EMA(),
+    "GradientNoiseScale": lambda batch: GradientNoiseScale(),
+    "AdaptiveBatchSize": lambda batch: AdaptiveBatchSize(f"0:{batch}"),
+}
+# Width and depth of the layers, micro-batch, optimizer steps of one fit.
+SHAPES = {"16x2,micro=8": (16, 2, 8, 40), "512x4,micro=64": (512, 4, 64, 16)}
+
+
+class Layers(LightningModule):
+    """Linear layers of one width under AdamW."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
+        self.net = nn.Sequential(*layers)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Mean squared output."""
+        loss: Tensor = self.net(batch[0]).square().mean()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class Clock(Callback):
+    """Takes the time between the first step after the warm-up and the last."""
+
+    def __init__(self) -> None:
+        self.start = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, index: int) -> None:
+        """Starts after the warm-up."""
+        if index == WARM_UP * trainer.accumulate_grad_batches:
+            _wait(module.device)
+            self.start = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
+        """Stops."""
+        _wait(module.device)
+        self.milliseconds = 1e3 * (time.perf_counter() - self.start)
+        self.milliseconds /= trainer.global_step - WARM_UP
+
+
+def fit(shape: str, device: str, callback: Callback | None) -> tuple[float, LightningModule]:
+    """Train as many steps as the shape says; return milliseconds per step, and the module."""
+    width, depth, micro_batch, steps = SHAPES[shape]
+    seed_everything(0, verbose=False)
+    data = TensorDataset(torch.randn(2 * micro_batch * steps, width))
+    clock = Clock()
+    trainer = Trainer(
+        accelerator=device,
+        devices=1,
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        callbacks=[clock] if callback is None else [callback, clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Layers(width, depth)
+    trainer.fit(module, DataLoader(data, batch_size=micro_batch, shuffle=True))
+    return clock.milliseconds, module
+
+
+def measure(thing: str, shape: str, device: str, pairs: int) -> dict[str, str]:
+    """Assert that nothing but time differs, then return the ratio of step times."""
+    batch = 2 * SHAPES[shape][2]
+    plain, used = fit(shape, device, None)[1], fit(shape, device, THINGS[thing](batch))[1]
+    for one, other in zip(plain.parameters(), used.parameters(), strict=True):
+        assert torch.equal(one, other), f"{thing} changes the weights"
+    times = []
+    for pair in range(pairs):
+        order = (None, THINGS[thing](batch)) if pair % 2 else (THINGS[thing](batch), None)
+        taken = [fit(shape, device, callback)[0] for callback in order]
+        times.append(taken if pair % 2 else taken[::-1])
+    without, using = np.array(times).T
+    ratios = using / without
+    draws = np.random.default_rng(0).choice(ratios, (2000, pairs))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    figures = {"ratio": median(ratios), "low": low, "high": high}
+    figures |= {"ms_without": median(without), "ms_added": median(using - without)}
+    return {name: f"{value:.4g}" for name, value in figures.items()} | {"pairs": str(pairs)}
+
+
+def describe() -> dict[str, str]:
+    """What a row needs so that its figures can be placed."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    versions = {name: version(name) for name in ("torch", "lightning")}
+    commit = {"commit": done.stdout.strip() or "unknown"}
+    return commit | versions | {"date": time.strftime("%Y-%m-%d")}
+
+
+def name_of(device: str) -> str:
+    """The card, or the processor and its threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, 1 thread"
+
+
+def write(rows: list[dict[str, str]]) -> None:
+    """Put the rows in the place of those with the same key."""
+    kept = []
+    if RESULTS.exists():
+        with RESULTS.open(newline="", encoding="utf-8") as file:
+            kept = list(csv.DictReader(file))
+    new = {tuple(row[key] for key in KEY) for row in rows}
+    kept = [row for row in kept if tuple(row[key] for key in KEY) not in new]
+    with RESULTS.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(sorted([*kept, *rows], key=lambda row: [row[key] for key in KEY]))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Measure every callback at every shape."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--pairs", type=int, default=30)
+    args = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    rows = []
+    for shape in SHAPES:
+        for thing in THINGS:
+            key = (thing, "every step", "fit", "float32", shape, name_of(args.device))
+            found = measure(thing, shape, args.device, args.pairs)
+            rows.append(dict(zip(KEY, key, strict=True)) | found | describe())
+            print(" ".join((*key[:1], shape)), found)
+    write(rows)
+
+
+if __name__ == "__main__":
+    main()
