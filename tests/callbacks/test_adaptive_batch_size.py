@@ -320,3 +320,10 @@ def test_a_compiled_module_trains() -> None:
     fit([compiled], module=torch.compile(found, backend="eager"))
     assert compiled.global_batch == eager.global_batch == 48
     assert same_weights(found, expected)
+
+
+def test_an_epoch_of_one_batch_may_be_followed_by_a_long_one() -> None:
+    adaptive = AdaptiveBatchSize("0:16 16:2", max_micro_batch=16)
+    module, run = fit([adaptive], train=loader(16), accumulate_grad_batches=1, max_epochs=2)
+    assert [len(batch) for batch in module.seen] == [16, *[2] * 8]
+    assert run.global_step == 9
