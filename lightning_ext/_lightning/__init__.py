@@ -6,6 +6,7 @@ from lightning_ext._lightning._loader import install_sampler, live_sampler, unin
 from lightning_ext._lightning._optimizer_steps import (
     StepCounter,
     gradient_scale,
+    logs_now,
     step_gradient_scale,
     steps_now,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "gradient_scale",
     "install_sampler",
     "live_sampler",
+    "logs_now",
     "random_state",
     "reference_batch",
     "restore_random_state",

@@ -1,6 +1,7 @@
 """When an optimizer steps, whether it really did, and by what its gradients are scaled.
 
-Private: ``fit_loop._should_accumulate``, the precision plugin's ``scaler``, and
+Private: ``fit_loop._should_accumulate``, ``epoch_loop._is_training_done``,
+    ``_logger_connector.should_update_logs``, the precision plugin's ``scaler``, and
     ``_optimizer_handles_unscaling``.
 """
 
@@ -17,6 +18,16 @@ from torch.optim import Optimizer
 def steps_now(trainer: Trainer) -> bool:
     """Whether the running batch ends its accumulation window."""
     return not trainer.fit_loop._should_accumulate()
+
+
+def logs_now(trainer: Trainer) -> bool:
+    """Whether what is logged in ``on_train_batch_end`` of this optimizer step will be seen.
+
+    It will where the loggers are written, and at the end of an epoch or of the run, where others
+    look at ``callback_metrics``. Logging a value costs a good part of a small step.
+    """
+    last = trainer.fit_loop.epoch_loop._is_training_done
+    return steps_now(trainer) and (last or trainer._logger_connector.should_update_logs)
 
 
 def gradient_scale(trainer: Trainer) -> float:

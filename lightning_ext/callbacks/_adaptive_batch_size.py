@@ -37,9 +37,9 @@ class AdaptiveBatchSize(Callback):
     A checkpoint holds sizes, position in the data and the random state of every rank; a resumed
     run goes on with the very next sample.
 
-    It logs ``global_batch``, ``micro_batch``, ``accumulate``, ``samples_seen``, ``lr_scaled`` (the
-    learning rate that the optimizer used), ``tokens_seen`` where ``tokens_per_sample`` is given,
-    and ``clipped_fraction`` where the Trainer clips by norm.
+    At the steps that the Trainer logs, it logs ``global_batch``, ``micro_batch``, ``accumulate``,
+    ``samples_seen``, ``lr_scaled`` (the learning rate that the optimizer used), ``tokens_seen``
+    where ``tokens_per_sample`` is given, and ``clipped_fraction`` where the Trainer clips by norm.
 
     Args:
         rule: ``"noise_scale"``, ``"norm_test"``, a schedule such as ``"0:64 20k:128"``, or an
@@ -120,7 +120,9 @@ class AdaptiveBatchSize(Callback):
 
     @property
     def global_batch(self) -> int:
-        """Samples of the next optimizer step."""
+        """Samples of the next optimizer step; known once training has begun."""
+        if not self.batch.begun:
+            raise RuntimeError("The global batch is known once fit has read the train loader.")
         return self.batch.global_batch
 
     @property
@@ -183,8 +185,9 @@ class AdaptiveBatchSize(Callback):
         if not _lightning.steps_now(trainer):
             return
         self.batch.samples_seen += self._share.window
-        values = self.batch.values() | self._clipped.values()
-        pl_module.log_dict(values, on_step=True, on_epoch=False)
+        if _lightning.logs_now(trainer):
+            values = self.batch.values() | self._clipped.values()
+            pl_module.log_dict(values, on_step=True, on_epoch=False)
         self.batch.decide(trainer, self.source)
         self.batch.apply_due(trainer, batch_idx + 1)
         if self.max_samples is not None and self.samples_seen >= self.max_samples:

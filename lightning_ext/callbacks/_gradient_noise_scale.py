@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ext import scaling
-from lightning_ext._lightning import batch_share, gradient_scale, step_gradient_scale, view
+from lightning_ext._lightning import (
+    batch_share,
+    gradient_scale,
+    logs_now,
+    step_gradient_scale,
+    view,
+)
 from lightning_ext.callbacks._gradient_parts import GradientParts
 
 _NEGLIGIBLE = 1e-6  # weight of a measurement that is old enough to be forgotten
@@ -32,9 +38,10 @@ class GradientNoiseScale(Callback):
     :math:`tr(\Sigma)` without bias. Only norms are kept: one number per part. Gradients are taken
     as they are before clipping, freed of the gradient scaler's and the accumulation's factors.
 
-    It logs ``noise_scale``, ``noise_scale_low``, ``noise_scale_high``, ``grad_sq_norm``,
-    ``grad_trace``, ``steps_over_min`` and ``samples_over_min``: what training at the present batch
-    costs, in steps and in samples, relative to the least possible.
+    At the steps that the Trainer logs, it logs ``noise_scale``, ``noise_scale_low``,
+    ``noise_scale_high``, ``grad_sq_norm``, ``grad_trace``, ``steps_over_min`` and
+    ``samples_over_min``: what training at the present batch costs, in steps and in samples,
+    relative to the least possible.
 
     Args:
         every_n_steps: Measure every n-th optimizer step.
@@ -156,8 +163,8 @@ class GradientNoiseScale(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs a new measurement."""
-        if self.measured:
+        """Logs the present estimate."""
+        if self._rows and logs_now(trainer):
             batch_size = self._rows[-1][2]
             pl_module.log_dict(self._values(batch_size), on_step=True, on_epoch=False)
 

@@ -56,6 +56,11 @@ class RunningBatch:
         return self._sampler is not None
 
     @property
+    def begun(self) -> bool:
+        """Whether sizes are known, from a fit or a checkpoint."""
+        return self._in_force is not None
+
+    @property
     def sampler(self) -> AdaptiveBatchSampler:
         """The sampler of the running fit."""
         if self._sampler is None:

@@ -182,6 +182,18 @@ def test_batches_that_stepped_is_the_step_of_the_loggers() -> None:
     assert run.fit_loop.epoch_loop._batches_that_stepped == run.global_step == 12
 
 
+def test_the_loop_knows_its_last_batch_and_the_steps_that_are_logged() -> None:
+    found: list[tuple[bool, bool]] = []
+
+    class Note(Callback):
+        def on_train_batch_end(self, run: Any, *args: Any) -> None:
+            loop = run.fit_loop.epoch_loop
+            found.append((loop._is_training_done, run._logger_connector.should_update_logs))
+
+    fit([Note()], max_epochs=-1, max_steps=4, accumulate_grad_batches=1, log_every_n_steps=2)
+    assert found == [(False, False), (False, True), (False, False), (True, True)]
+
+
 def test_on_advance_end_validates_where_it_is_due() -> None:
     due: list[bool] = []
 

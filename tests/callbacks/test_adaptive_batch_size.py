@@ -327,3 +327,9 @@ def test_an_epoch_of_one_batch_may_be_followed_by_a_long_one() -> None:
     module, run = fit([adaptive], train=loader(16), accumulate_grad_batches=1, max_epochs=2)
     assert [len(batch) for batch in module.seen] == [16, *[2] * 8]
     assert run.global_step == 9
+
+
+def test_the_global_batch_is_unknown_before_fit() -> None:
+    adaptive = AdaptiveBatchSize("0:16")
+    with pytest.raises(RuntimeError, match="once fit has read the train loader"):
+        _ = adaptive.global_batch

@@ -91,6 +91,7 @@ def trainer(callbacks: Sequence[Callback] = (), **kwargs: Any) -> Trainer:
         "max_epochs": 2,
         "accumulate_grad_batches": 2,
         "logger": False,
+        "log_every_n_steps": 1,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
