@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from harness import Classifier, dataset, fit, loader, run_distributed, same_weights, trainer
+from harness import (
+    Classifier,
+    dataset,
+    fit,
+    identical,
+    loader,
+    run_distributed,
+    same_weights,
+    trainer,
+)
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, SequentialSampler
@@ -71,16 +80,6 @@ def state_of(callback: Callback) -> Any:
     return state, {} if average is None else average._tensors
 
 
-def equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return bool(one == other)
-
-
 @every_callback
 def test_a_checkpoint_in_between_changes_nothing(name: str, tmp_path: Path) -> None:
     def run(ckpt_path: Path | None) -> Any:
@@ -97,7 +96,7 @@ def test_a_checkpoint_in_between_changes_nothing(name: str, tmp_path: Path) -> N
     for path in sorted(tmp_path.glob("*.ckpt")):
         again, resumed = run(path)
         assert same_weights(again, module)
-        assert equal(state, resumed)
+        assert identical(state, resumed)
 
 
 @every_callback
@@ -111,8 +110,8 @@ def test_two_instances(name: str) -> None:
         alone = contract.at_work()
         fit([one, other])
         fit([alone])
-        assert equal(state_of(one), state_of(alone))
-        assert not equal(state_of(other), state_of(alone))
+        assert identical(state_of(one), state_of(alone))
+        assert not identical(state_of(other), state_of(alone))
 
 
 @every_callback
@@ -121,7 +120,7 @@ def test_pickle_before_and_after_fit(name: str) -> None:
     pickle.loads(pickle.dumps(callback))
     fit([callback])
     again = pickle.loads(pickle.dumps(callback))
-    assert equal(again.state_dict(), callback.state_dict())
+    assert identical(again.state_dict(), callback.state_dict())
 
 
 def test_ddp_spawn() -> None:

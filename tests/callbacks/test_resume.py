@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import Classifier, fit, loader, run_distributed, same_weights
+from harness import Classifier, fit, identical, loader, run_distributed, same_weights
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
@@ -81,16 +81,6 @@ def end_state(run: Trainer) -> dict[str, Any]:
         "steps": run.global_step,
         "logged_steps": run.fit_loop.epoch_loop._batches_that_stepped,
     }
-
-
-def identical(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(identical(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(identical, one, other))
-    return bool(one == other)
 
 
 CASES: dict[str, dict[str, Any]] = {

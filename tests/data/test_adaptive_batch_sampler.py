@@ -128,11 +128,11 @@ def test_a_change_in_each_step_leaves_no_trail() -> None:
 def test_a_size_that_is_no_positive_integer_is_named(wrong: object) -> None:
     message = r"batch_size was .*; it must be a positive integer"
     with pytest.raises(ValueError, match=message):
-        sampler_of(4, wrong)  # type: ignore[arg-type]
+        sampler_of(4, wrong)
     with pytest.raises(ValueError, match=message):
-        sampler_of(4).batch_size = wrong  # type: ignore[assignment]
+        sampler_of(4).batch_size = wrong
     with pytest.raises(ValueError, match=r"accumulate was .*; it must be a positive integer"):
-        sampler_of(4).resize(2, wrong)  # type: ignore[arg-type]
+        sampler_of(4).resize(2, wrong)
 
 
 @pytest.mark.parametrize(

@@ -108,4 +108,4 @@ def test_it_survives_pickling(member: object) -> None:
     if isinstance(member, (EpochPlan, Share)):
         assert copy == member
     else:
-        assert list(copy) == list(member)  # type: ignore[call-overload]
+        assert list(copy) == list(member)

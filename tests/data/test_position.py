@@ -24,7 +24,7 @@ def sampler_of(world: int = 1, rank: int = 0, **kwargs: Any) -> AdaptiveBatchSam
 
 def loader_of(sampler: AdaptiveBatchSampler, num_workers: int, persistent: bool) -> DataLoader[Any]:
     return DataLoader(
-        range(NUM_SAMPLES),  # type: ignore[arg-type]
+        range(NUM_SAMPLES),
         batch_sampler=sampler,
         num_workers=num_workers,
         persistent_workers=persistent,

@@ -123,3 +123,14 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     """Whether two modules agree bit for bit."""
     a, b = one.state_dict(), other.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def identical(one: Any, other: Any) -> bool:
+    """Whether two states agree bit for bit, through dicts, lists and tensors."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(identical(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(identical, one, other))
+    return bool(one == other)

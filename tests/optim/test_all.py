@@ -185,7 +185,7 @@ def _with_sharded_parameters() -> tuple[torch.Tensor, torch.Tensor]:
     plain, sharded = Parameter(start.clone()), Parameter(distribute_tensor(start, mesh, [Shard(0)]))
     for parameter, momentum in ((plain, False), (sharded, True)):
         optimizers = [torch.optim.AdamW([parameter], lr=0.1)]
-        optimizers.append(torch.optim.SGD([parameter], lr=0.1, momentum=0.9))  # type: ignore[arg-type]
+        optimizers.append(torch.optim.SGD([parameter], lr=0.1, momentum=0.9))
         rules = ("sde", "linear_samples")
         parts = [BatchScaling(o, r) for o, r in zip(optimizers, rules, strict=True)]
         for step, gradient in enumerate(gradients):
