@@ -76,12 +76,21 @@ def _sync_validation(trainer: Trainer, total: int) -> None:
     if getattr(trainer, "_val_check_time_interval", None) is not None:
         return
     if isinstance(interval, float):
-        trainer.val_check_batch = max(1, int(total * interval))
+        trainer.val_check_batch = _whole_windows(trainer, int(total * interval), total)
     elif trainer.check_val_every_n_epoch is not None and interval > total and _validates(trainer):
         rank_zero_warn(
             f"val_check_interval={interval} counts batches, and this epoch now has {total}: it"
             " ends without validation. Hint: give the interval as a fraction."
         )
+
+
+def _whole_windows(trainer: Trainer, batches: int, total: int) -> int:
+    """Rounds down such that validation, and with it a checkpoint, cuts no gradient in two."""
+    sampler = live_sampler(trainer)
+    accumulate = 1
+    if sampler is not None and len(sampler.plan.segments) > 1 and batches < total:
+        accumulate = sampler.plan.last.accumulate
+    return max(1, batches - batches % accumulate, min(accumulate, total))
 
 
 def _validates(trainer: Trainer) -> bool:

@@ -7,7 +7,7 @@ Private: ``fit_loop._data_source``, ``fit_loop._combined_loader``,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -132,6 +132,12 @@ def _check_replaceable(loader: DataLoader[Any]) -> None:
         raise MisconfigurationException(
             f"{type(loader.dataset).__name__} is an IterableDataset: it has no positions to draw"
             " from, so its batch size cannot change. Allowed is a map-style data set with a length."
+            " Hint: give it __getitem__ and __len__, or read it into a list."
+        )
+    if not isinstance(loader.dataset, Sized):
+        raise MisconfigurationException(
+            f"{type(loader.dataset).__name__} has no length, so an epoch cannot be laid out."
+            " Hint: give it __len__."
         )
     stock = type(loader.batch_sampler) is BatchSampler
     if not stock and not isinstance(loader.batch_sampler, AdaptiveBatchSampler):
@@ -144,6 +150,7 @@ def _check_replaceable(loader: DataLoader[Any]) -> None:
 
 
 def _with_ranks(trainer: Trainer, sampler: AdaptiveBatchSampler) -> AdaptiveBatchSampler:
+    sampler = copy.copy(sampler)  # the user's own stays as it is
     if sampler.num_replicas == 1 and trainer.world_size > 1:
         sampler.set_ranks(trainer.world_size, trainer.global_rank)
     if sampler.num_replicas != trainer.world_size:
@@ -189,3 +196,5 @@ def _continue_from(previous: AdaptiveBatchSampler | None, sampler: AdaptiveBatch
     if previous is not None and previous is not sampler:
         sampler.resize(previous.batch_size, previous.accumulate)
         sampler.set_epoch(previous.epoch + 1)
+        sampler.rescale_last_window = previous.rescale_last_window
+        sampler.reference_batch = previous.reference_batch

@@ -44,7 +44,12 @@ def resume_position(
         return
     sampler.load_state_dict(position or _position_at(sampler, loop.epoch_loop.batch_idx + 1))
     _claim_resumable(trainer, sampler)
+    if sampler.consumed == 0 and trainer.current_epoch > 0:
+        restore_generators()
+        _forget_restart(trainer)
+        return
     if sampler.consumed < epoch_end(trainer):
+        sampler.cut_window()
         _draw_iterator(trainer, sampler)
         restore_generators()
         sync_lengths(trainer)
@@ -68,7 +73,8 @@ def sync_first_batch(trainer: Trainer) -> None:
 
 
 def _position_at(sampler: AdaptiveBatchSampler, batches: int) -> dict[str, Any]:
-    return sampler.state_dict() | {"consumed": batches}
+    samples = sampler.plan.span(batches)[0]
+    return sampler.state_dict() | {"consumed": batches, "consumed_samples": samples}
 
 
 def _draw_iterator(trainer: Trainer, sampler: AdaptiveBatchSampler) -> None:
@@ -121,6 +127,12 @@ def _finish_epoch(trainer: Trainer) -> None:
         counts.completed += 1
     if loop.epoch_progress.current.completed < loop.epoch_progress.current.ready:
         loop.epoch_progress.increment_completed()
+    _forget_restart(trainer)
+
+
+def _forget_restart(trainer: Trainer) -> None:
+    """Has the loop begin its next epoch as it begins any, iterator included."""
+    loop = trainer.fit_loop
     for part in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
         part.on_iteration_done()
 

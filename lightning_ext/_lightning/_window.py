@@ -20,12 +20,14 @@ class BatchShare(NamedTuple):
         across_ranks: Samples on all data-parallel ranks.
         window: Samples on all ranks in all batches of the optimizer step.
         loss_weight: Factor by which this rank's loss is multiplied.
+        whole: Whether every batch of the optimizer step has the size that was planned.
     """
 
     local: int
     across_ranks: int
     window: int
     loss_weight: float
+    whole: bool = True
 
 
 def batch_share(trainer: Trainer, batch: Any, batch_idx: int) -> BatchShare:
@@ -45,7 +47,7 @@ def batch_share(trainer: Trainer, batch: Any, batch_idx: int) -> BatchShare:
         )
     share = sampler.share(batch_idx, epoch_end(trainer))
     weight = share.loss_weight(rescale_last_window=sampler.rescale_last_window)
-    return BatchShare(share.local, share.across_ranks, share.window, weight)
+    return BatchShare(share.local, share.across_ranks, share.window, weight, share.whole)
 
 
 def reference_batch(trainer: Trainer, batch: Any) -> int:

@@ -13,12 +13,14 @@ from lightning_ext import _lightning, scaling
 from lightning_ext.callbacks._adaptive_checks import (
     check_arguments,
     check_fit,
+    check_schedules,
     define_wandb_axis,
     the_noise_scale,
 )
 from lightning_ext.callbacks._batch_controller import BatchController
 from lightning_ext.callbacks._clipping import ClippedFraction
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
+from lightning_ext.callbacks._reuse import begins_anew
 from lightning_ext.callbacks._running_batch import RunningBatch
 from lightning_ext.optim import sample_schedules
 from lightning_ext.scaling import BatchRule
@@ -93,7 +95,12 @@ class AdaptiveBatchSize(Callback):
                 "tokens_per_sample": tokens_per_sample,
                 "reference_batch": reference_batch,
             },
+            {
+                "scale_weight_decay": scale_weight_decay,
+                "rescale_last_window": rescale_last_window,
+            },
             lr_rule,
+            source,
         )
         controller = BatchController(
             *_rule_and_limit(rule, max_global_batch),
@@ -135,6 +142,9 @@ class AdaptiveBatchSize(Callback):
         if stage != "fit":
             return
         check_fit(trainer, pl_module, self.batch)
+        if begins_anew(self, pl_module):
+            self.batch.reset()
+            self._clipped = ClippedFraction()
         if self.batch.controller.rule.needs_noise:
             self.source = the_noise_scale(trainer, self, self.source)
         prepare = partial(self.batch.prepare, trainer, rescale_last_window=self.rescale_last_window)
@@ -143,6 +153,7 @@ class AdaptiveBatchSize(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies the sizes to begin with, or goes on where the checkpoint stopped."""
         define_wandb_axis(trainer)
+        check_schedules(trainer)
         self.batch.begin(trainer)
         if trainer.fit_loop.is_resuming:
             restore = partial(_lightning.restore_random_state, trainer, self._random_state)
@@ -205,6 +216,8 @@ class AdaptiveBatchSize(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves Trainer, optimizer and loader as they were."""
+        if self.batch.running:
+            self._random_state = _lightning.random_state(trainer)
         self.batch.release(trainer)
         self.batch.end()
 
@@ -221,10 +234,10 @@ class AdaptiveBatchSize(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds the random state of every rank, during fit."""
+        """Adds the random state of every rank, after fit that of its end."""
         if self.batch.running:
-            own = checkpoint["callbacks"][self.state_key]
-            own["random_state"] = _lightning.random_state(trainer)
+            self._random_state = _lightning.random_state(trainer)
+        checkpoint["callbacks"][self.state_key]["random_state"] = self._random_state
 
 
 def _rule_and_limit(rule: str | BatchRule, max_global_batch: int | None) -> tuple[BatchRule, int]:
@@ -232,5 +245,8 @@ def _rule_and_limit(rule: str | BatchRule, max_global_batch: int | None) -> tupl
     if max_global_batch is None:
         max_global_batch = getattr(parsed, "max_global_batch", None)
     if max_global_batch is None:
-        raise ValueError(f"rule={rule!r} needs max_global_batch, the largest batch it may reach.")
+        raise ValueError(
+            f"rule={rule!r} needs max_global_batch, the largest batch it may"
+            " reach. Hint: max_global_batch=4096."
+        )
     return parsed, max_global_batch

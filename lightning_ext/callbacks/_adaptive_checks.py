@@ -12,9 +12,11 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_ext._lightning import view
+from lightning_ext.callbacks._arguments import require_bool, require_choice, require_count
 from lightning_ext.callbacks._batch_norm import warn_batch_norm
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
 from lightning_ext.callbacks._running_batch import RunningBatch
+from lightning_ext.optim import sample_schedules
 from lightning_ext.scaling import HYPERPARAMETER_RULES
 
 _RIVALS: dict[type[Callback], str] = {
@@ -24,17 +26,24 @@ _RIVALS: dict[type[Callback], str] = {
 }
 
 
-def check_arguments(counts: dict[str, int | None], lr_rule: str) -> None:
-    """Refuses single arguments out of range.
+def check_arguments(
+    counts: dict[str, int | None], switches: dict[str, bool], lr_rule: str, source: object
+) -> None:
+    """Refuses single arguments of the wrong type or out of range.
 
     Raises:
-        ValueError: With the argument's name, its value and what is allowed.
+        TypeError: With the argument's name, its value and what is allowed.
+        ValueError: The same.
     """
     for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} was {value}; it must be a positive integer, or None.")
-    if lr_rule not in ("auto", *HYPERPARAMETER_RULES):
-        raise ValueError(f"lr_rule was {lr_rule!r}; allowed are {('auto', *HYPERPARAMETER_RULES)}.")
+        require_count(name, value, optional=True)
+    for name, switch in switches.items():
+        require_bool(name, switch)
+    require_choice("lr_rule", lr_rule, ("auto", *HYPERPARAMETER_RULES))
+    if source is not None and not isinstance(source, GradientNoiseScale):
+        raise TypeError(
+            f"source was {source!r}; allowed is a GradientNoiseScale of the Trainer, or None."
+        )
 
 
 def check_fit(trainer: Trainer, pl_module: LightningModule, batch: RunningBatch) -> None:
@@ -59,7 +68,7 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, batch: RunningBatch)
     if controller.rule.needs_noise and ranks * passes < 2:
         raise MisconfigurationException(
             f"{controller.rule} needs a global batch of at least two parts; there are"
-            f" accumulate_grad_batches={passes} and {ranks} data-parallel rank. Hint:"
+            f" accumulate_grad_batches={passes} and one data-parallel rank. Hint:"
             " Trainer(accumulate_grad_batches=2)."
         )
     _check_unit(batch)
@@ -71,12 +80,28 @@ def _check_unit(batch: RunningBatch) -> None:
     unit = getattr(batch.controller.rule, "unit", "samples")
     if unit == "percent" and batch.total_samples is None:
         raise MisconfigurationException(
-            "A schedule in percent needs to know of how much. Hint: set max_samples."
+            "A schedule in percent needs the length of the run. Hint: set max_samples."
         )
     if unit == "tokens" and batch.tokens_per_sample is None:
         raise MisconfigurationException(
             "A schedule in tokens needs to count them. Hint: set tokens_per_sample."
         )
+
+
+def check_schedules(trainer: Trainer) -> None:
+    """Refuses schedules by samples that would not be stepped with every optimizer step.
+
+    Raises:
+        MisconfigurationException: With the interval that was set.
+    """
+    for config in trainer.lr_scheduler_configs:
+        often = config.interval == "step" and config.frequency == 1
+        if not often and any(sample_schedules(config.scheduler)):
+            raise MisconfigurationException(
+                f"A SampleSchedule is stepped with interval={config.interval!r} and"
+                f" frequency={config.frequency}; samples are counted at every optimizer step. Hint:"
+                " return {'scheduler': schedule, 'interval': 'step'}."
+            )
 
 
 def the_noise_scale(

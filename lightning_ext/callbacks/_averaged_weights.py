@@ -101,8 +101,9 @@ class AveragedWeights:
         like = {
             name: tensor.to(torch.promote_types(tensor.dtype, saved[name].dtype))
             for name, tensor in self._tensors.items()
+            if name in saved
         }
-        self._tensors = view.load_tensors(saved, like)
+        self._tensors |= view.load_tensors(saved, like)  # the others begin at present weights
 
     def _live(self, module: Module) -> dict[str, Tensor]:
         tensors = (*module.named_parameters(), *module.named_buffers())

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_ext.callbacks._arguments import require_bool, require_count, require_number
 from lightning_ext.scaling import (
     BatchRule,
     BatchSplit,
@@ -49,12 +50,10 @@ class BatchController:
 
     def __post_init__(self) -> None:
         """Refuses what no rule could use."""
-        if not self.growth > 1:
-            raise ValueError(f"growth was {self.growth}; it must be above 1.")
-        if not self.threshold >= 0:
-            raise ValueError(f"threshold was {self.threshold}; it must be 0 or more.")
-        if self.dwell_samples is not None and self.dwell_samples < 0:
-            raise ValueError(f"dwell_samples was {self.dwell_samples}; it must be 0 or more.")
+        require_number("growth", self.growth, above=1)
+        require_number("threshold", self.threshold, least=0)
+        require_count("dwell_samples", self.dwell_samples, least=0, optional=True)
+        require_bool("monotone", self.monotone)
 
     def bind(self, start: BatchSplit, data_parallel_size: int) -> None:
         """Fixes the sizes that training starts with, the smallest accumulation among them.
@@ -64,22 +63,33 @@ class BatchController:
         """
         self.start, self.data_parallel_size = start, data_parallel_size
         begins = self.global_batch(start)
-        if begins > self.max_global_batch:
+        if self.rule.needs_noise and begins > self.max_global_batch:
             raise MisconfigurationException(
                 f"max_global_batch={self.max_global_batch} is below the batch that training starts"
                 f" with: {start.micro_batch} × {start.accumulate} × {data_parallel_size} ranks ="
                 f" {begins}. Hint: raise the limit, or start with a smaller micro-batch."
             )
-        if self.rule.needs_noise and self._max_micro_batch == start.micro_batch and self.growth < 2:
-            raise MisconfigurationException(
-                f"growth={self.growth} cannot make a first change: with the micro-batch fixed,"
-                f" accumulation grows in multiples of {start.accumulate}. Hint: growth of 2 or"
-                " more, or a max_micro_batch above the loader's batch size."
-            )
+        self._check_first_move(begins)
         if self.max_micro_batch is not None and self.max_micro_batch < start.micro_batch:
             raise MisconfigurationException(
                 f"max_micro_batch={self.max_micro_batch} is below the loader's batch size,"
                 f" {start.micro_batch}. Hint: raise the limit, or lower the loader's batch size."
+            )
+
+    def _check_first_move(self, begins: int) -> None:
+        largest = getattr(self.rule, "max_global_batch", 0)
+        if largest > self.max_global_batch:
+            rank_zero_warn(
+                f"The schedule goes up to {largest}, max_global_batch={self.max_global_batch} cuts"
+                " it off there."
+            )
+        fixed = self._max_micro_batch == self.start.micro_batch
+        unit = begins if fixed else self.start.accumulate * self.data_parallel_size
+        if self.rule.needs_noise and begins * self.growth < begins + unit:
+            raise MisconfigurationException(
+                f"growth={self.growth} cannot make a first change: the batch grows from {begins} in"
+                f" multiples of {unit}. Hint: a growth of at least {1 + unit / begins:g}"
+                + (", or a max_micro_batch above the loader's batch size." if fixed else ".")
             )
 
     def global_batch(self, split: BatchSplit) -> int:
@@ -98,6 +108,11 @@ class BatchController:
         proposal = self.rule.propose(observation)
         if proposal is None:
             return None
+        if not isinstance(proposal, Proposal) or not proposal.target_batch > 0:
+            raise ValueError(
+                f"{self.rule} proposed {proposal!r}; allowed is None, or a scaling.Proposal with a"
+                " target_batch above 0."
+            )
         estimated = self.rule.needs_noise
         target = next_global_batch(
             observation.global_batch,

@@ -17,7 +17,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_ext import _lightning, scaling
+from lightning_ext.callbacks._arguments import require_bool, require_count, require_number
+from lightning_ext.callbacks._average_checks import check_averages, warn_of_other_averages
 from lightning_ext.callbacks._averaged_weights import AveragedWeights
+from lightning_ext.callbacks._reuse import begins_anew
 
 _CHECKPOINT_KEY = "lightning_ext.ema"
 
@@ -56,30 +59,35 @@ class EMA(Callback):
         warmup: bool = False,
         export: bool = False,
     ) -> None:
-        if not 0 < decay < 1:
-            raise ValueError(f"decay was {decay}; it must be in (0, 1).")
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps was {every_n_steps}; it must be 1 or more.")
-        if reference_batch is not None and reference_batch < 1:
-            raise ValueError(f"reference_batch was {reference_batch}; it must be positive.")
+        require_number("decay", decay, above=0, below=1)
+        require_count("every_n_steps", every_n_steps)
+        require_count("reference_batch", reference_batch, optional=True)
+        require_bool("warmup", warmup)
+        require_bool("export", export)
         self.decay = decay
         self.reference_batch = reference_batch
         self.every_n_steps = every_n_steps
         self.warmup = warmup
         self.export_average = export
-        self.updates = 0
+        self._given_reference = reference_batch
         self._key = self._generate_state_key(
             decay=decay, every_n_steps=every_n_steps, warmup=warmup, reference=reference_batch
         )
+        self._reset()
+        self._counter: _lightning.StepCounter | None = None
+        self._trainer: Trainer | None = None
+        self._loaded = False
+        self._evaluating = False
+
+    def _reset(self) -> None:
+        """Forgets everything that a run has brought."""
+        self.reference_batch = self._given_reference
+        self.updates = 0
         self._samples = 0  # since the first step
         self._pending = 0  # since the last update
         self._window = 0  # of the running optimizer step
         self._steps = 0
         self._average: AveragedWeights | None = None
-        self._counter: _lightning.StepCounter | None = None
-        self._trainer: Trainer | None = None
-        self._loaded = False
-        self._evaluating = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the Trainer and the optimizer; ``setup`` finds them again."""
@@ -126,16 +134,14 @@ class EMA(Callback):
         """Remembers the Trainer, for exports.
 
         Raises:
-            MisconfigurationException: Two have ``export=True``.
+            MisconfigurationException: Averages that would get into each other's way.
         """
         self._trainer = trainer
         self._loaded = False
-        if sum(ema.export_average for ema in _all_in(trainer)) > 1:
-            raise MisconfigurationException(
-                "Two EMA callbacks have export=True; a weights-only file holds one set of weights."
-                " Hint: set it for one, and use ema.export(path) for the other."
-            )
+        check_averages(trainer, sum(ema.export_average for ema in _all_in(trainer)))
         _lightning.export_with(trainer, self._weights_for_file)
+        if stage == "fit" and begins_anew(self, pl_module):
+            self._reset()
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -147,6 +153,9 @@ class EMA(Callback):
             pl_module.load_state_dict(checkpoint["current_model_state"])
             self.updates = int(checkpoint["averaging_state"].get("n_averaged", 1))
         self._loaded = saved is not None
+        others = sorted(checkpoint.get(_CHECKPOINT_KEY, {}))
+        if saved is None and others:
+            warn_of_other_averages(others, self.state_key)
         if saved is not None:
             self._average = AveragedWeights(pl_module)
             self._average.load(_lightning.view(trainer), saved)
@@ -199,20 +208,15 @@ class EMA(Callback):
             self._update(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validates the average."""
+        """Validates, or tests, the average."""
         self._swap_in(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Goes on with the raw weights."""
         self._swap_out(pl_module)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tests the average."""
-        self._swap_in(trainer, pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes on with the raw weights."""
-        self._swap_out(pl_module)
+    on_test_start = on_validation_start
+    on_test_end = on_validation_end
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -24,7 +24,14 @@ from lightning_ext._lightning import (
     step_gradient_scale,
     view,
 )
+from lightning_ext.callbacks._arguments import (
+    require_bool,
+    require_choice,
+    require_count,
+    require_number,
+)
 from lightning_ext.callbacks._gradient_parts import GradientParts
+from lightning_ext.callbacks._reuse import begins_anew
 
 _NEGLIGIBLE = 1e-6  # weight of a measurement that is old enough to be forgotten
 _LONGEST = 10_000
@@ -68,12 +75,13 @@ class GradientNoiseScale(Callback):
         per_group: bool = False,
         prefix: str = "",
     ) -> None:
-        _check_choice("source", source, ("auto", "micro_batches"))
-        _check_choice("geometry", geometry, ("auto", "euclidean"))
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps was {every_n_steps}; it must be 1 or more.")
-        if not 0 < smoothing <= 1:
-            raise ValueError(f"smoothing was {smoothing}; it must be in (0, 1].")
+        require_choice("source", source, ("auto", "micro_batches"))
+        require_choice("geometry", geometry, ("auto", "euclidean"))
+        require_count("every_n_steps", every_n_steps)
+        require_number("smoothing", smoothing, above=0, most=1)
+        require_bool("per_group", per_group)
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix was {prefix!r}; allowed is a string.")
         self.every_n_steps = every_n_steps
         self.smoothing = smoothing
         self.source = source
@@ -112,12 +120,22 @@ class GradientNoiseScale(Callback):
         history = [(row[first], row[first + 1], row[first + 2]) for row in self._rows]
         return scaling.noise_scale(history, smoothing=self.smoothing)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets what was measured on another module."""
+        if stage == "fit" and begins_anew(self, pl_module):
+            self._rows, self._windows = [], 0
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks that there will be something to measure."""
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "GradientNoiseScale reads the micro-batches of automatic optimization;"
                 " automatic_optimization is False. Hint: let the Trainer call the optimizer."
+            )
+        if not any(group["params"] for o in trainer.optimizers for group in o.param_groups):
+            raise MisconfigurationException(
+                "GradientNoiseScale measures the parameters of the optimizer, and there is none."
+                " Hint: configure_optimizers."
             )
         seen = view(trainer)
         if seen.accumulate * seen.data_parallel_size < 2:
@@ -136,6 +154,8 @@ class GradientNoiseScale(Callback):
         if self._parts is not None:
             share = batch_share(trainer, batch, batch_idx)
             self._parts.begin(share.local, share.loss_weight)
+            if not share.whole:  # other ranks × accumulation would cut it into other parts
+                self._drop_window()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes one part."""
@@ -271,8 +291,3 @@ def _history_length(smoothing: float) -> int:
     if smoothing == 1:
         return _LONGEST
     return min(_LONGEST, math.ceil(math.log(_NEGLIGIBLE) / math.log(smoothing)) + 1)
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} was {value!r}; allowed are {allowed}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ext import _lightning
 from lightning_ext.callbacks._batch_controller import BatchController
@@ -42,13 +43,19 @@ class RunningBatch:
         self.scale_weight_decay = scale_weight_decay
         self.tokens_per_sample = tokens_per_sample
         self.total_samples = total_samples
-        self.reference_batch = reference_batch
+        self._given_reference = reference_batch
+        self._sampler: AdaptiveBatchSampler | None = None
+        self._scaling: BatchScaling | None = None
+        self._warned = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything that a run has brought."""
+        self.reference_batch = self._given_reference
         self.samples_seen = 0
         self.last_change = 0
         self.position: dict[str, Any] | None = None  # in the data, as last known
         self._in_force: BatchSplit | None = None
-        self._sampler: AdaptiveBatchSampler | None = None
-        self._scaling: BatchScaling | None = None
 
     @property
     def running(self) -> bool:
@@ -92,7 +99,7 @@ class RunningBatch:
             self.reference_batch = self.controller.global_batch(start)
         sampler.reference_batch = self.reference_batch
         sampler.rescale_last_window = rescale_last_window
-        sampler.resize(*self._first_sizes(start))
+        sampler.resize(*self._first_sizes(start, sampler))
 
     def begin(self, trainer: Trainer) -> None:
         """Sets accumulation and hyper-parameters before the first batch."""
@@ -101,12 +108,16 @@ class RunningBatch:
             self._in_force = _sizes(self.sampler, 0)
             self.sampler.set_epoch(trainer.current_epoch)
         _lightning.view(trainer).set_accumulate(self._in_force.accumulate)
+        self._warn_of_short_epochs()
+        # An optimizer's state from a run without us belongs to the reference batch.
+        ours = trainer.fit_loop.is_resuming and self.position is not None
         self._scaling = BatchScaling(
             trainer.optimizers[0],
             self.lr_rule,
-            kappa=self.kappa,
+            kappa=self.kappa if ours else 1.0,
             scale_weight_decay=self.scale_weight_decay,
         )
+        self._scaling.set_kappa(self.kappa)
 
     def begin_epoch(self, trainer: Trainer) -> None:
         """Turns the sampler to the epoch that the Trainer begins."""
@@ -127,6 +138,7 @@ class RunningBatch:
         view = _lightning.view(trainer)
         decision = self.controller.decide(self._observe(self.global_batch, source))
         (target,) = view.largest(decision.global_batch if decision else self.global_batch)
+        target = self._within_epoch(target)
         split = self.controller.split(target)
         if split != self._in_force:
             view.set_micro_batch(split.micro_batch, accumulate=split.accumulate)
@@ -142,6 +154,7 @@ class RunningBatch:
             warn_batch_norm(trainer.lightning_module)
         _lightning.view(trainer).set_accumulate(split.accumulate)
         self._in_force = split
+        self._warn_of_short_epochs()
         self.last_change = self.samples_seen
         self._scaling.set_kappa(self.kappa)
 
@@ -153,8 +166,8 @@ class RunningBatch:
             "accumulate": float(self.in_force.accumulate),
             "samples_seen": float(self.samples_seen),
         }
-        if self._scaling is not None:
-            values["lr_scaled"] = self._scaling.lrs()[0]
+        if self._scaling is not None and self._scaling.last_lrs is not None:
+            values["lr_scaled"] = self._scaling.last_lrs[0]
         if self.tokens_per_sample is not None:
             values["tokens_seen"] = float(self.samples_seen * self.tokens_per_sample)
         return values
@@ -168,10 +181,9 @@ class RunningBatch:
         self._scaling = None
 
     def end(self) -> None:
-        """Notes the position and gives the sampler back with the sizes that it came with."""
+        """Notes the position for what may be saved later."""
         if self._sampler is not None:
             self.position = self._sampler.state_dict()
-            self._sampler.resize(*self.controller.start)
         self._sampler = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,12 +205,28 @@ class RunningBatch:
         self._in_force = None if sizes is None else BatchSplit(*sizes)
         self.position = state["sampler"]
 
-    def _first_sizes(self, start: BatchSplit) -> BatchSplit:
+    def _warn_of_short_epochs(self) -> None:
+        samples = self.sampler.plan.num_samples
+        if self.global_batch > samples and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"The global batch of {self.global_batch} is more than the {samples} samples of an"
+                f" epoch: each step takes {samples}, with hyper-parameters for {self.global_batch}."
+                " Hint: a smaller max_global_batch, or a longer epoch."
+            )
+
+    def _within_epoch(self, global_batch: int, sampler: AdaptiveBatchSampler | None = None) -> int:
+        """Keeps one step from taking, under ``drop_last``, more than there is."""
+        plan = (sampler or self.sampler).plan
+        return min(global_batch, plan.num_samples) if plan.drop_last else global_batch
+
+    def _first_sizes(self, start: BatchSplit, sampler: AdaptiveBatchSampler) -> BatchSplit:
         if self.controller.rule.needs_noise:
             return self._in_force or start
         observed = self._observe(self.controller.global_batch(start), None)
         decision = self.controller.decide(observed)
-        return self.controller.split(decision.global_batch) if decision else start
+        target = decision.global_batch if decision else self.controller.global_batch(start)
+        return self.controller.split(self._within_epoch(target, sampler))
 
     def _observe(self, global_batch: int, source: GradientNoiseScale | None) -> Observation:
         per_sample = self.tokens_per_sample

@@ -232,6 +232,17 @@ class AdaptiveBatchSampler(BatchSampler):
         """Batches of the running epoch, or of the next one where the running one is used up."""
         return (self._next if self._used_up else self._plan).num_batches
 
+    def cut_window(self) -> None:
+        """Has a window that was begun go on as a shorter one.
+
+        A checkpoint does not hold the gradient of the batches before it; this leaves them out of
+        the step's mean.
+        """
+        consumed = self.consumed
+        if consumed % self._plan.segment(consumed).accumulate:
+            sample = self._plan.span(consumed)[0]
+            self._plan = self._plan.redistributed(self.num_replicas, consumed, sample)
+
     def state_dict(self) -> dict[str, Any]:
         """The position that training has reached, not what workers have fetched ahead."""
         plan, consumed = self._plan, self.consumed

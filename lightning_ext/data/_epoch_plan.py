@@ -7,6 +7,8 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from lightning_ext import scaling
+
 
 class Segment(NamedTuple):
     """From batch ``start`` on, ``micro_batch`` samples a rank and ``accumulate`` batches a step."""
@@ -25,6 +27,7 @@ class Share(NamedTuple):
         window: Samples of all ranks in all batches of the optimizer step.
         accumulate: Batches that the step was planned with; the last one may have fewer.
         data_parallel_size: Ranks.
+        whole: Whether the step has all the samples that it was planned with.
     """
 
     local: int
@@ -32,6 +35,7 @@ class Share(NamedTuple):
     window: int
     accumulate: int
     data_parallel_size: int
+    whole: bool = True
 
     def loss_weight(self, *, rescale_last_window: bool = True) -> float:
         r"""Factor of the loss that makes the step's gradient a mean over samples.
@@ -48,9 +52,10 @@ class Share(NamedTuple):
         Returns:
             The factor, 0 for a rank that got no sample of its own.
         """
+        ranks = self.data_parallel_size
         if rescale_last_window:
-            return self.local * self.accumulate * self.data_parallel_size / self.window
-        return self.local * self.data_parallel_size / self.across_ranks
+            return scaling.loss_weight(self.local, self.window, parts=self.accumulate * ranks)
+        return scaling.loss_weight(self.local, self.across_ranks, parts=ranks)
 
 
 @dataclass(frozen=True)
@@ -116,15 +121,17 @@ class EpochPlan:
 
     def share(self, batch_idx: int, rank: int, num_batches: int | None = None) -> Share:
         """What a rank's batch contributes to its step; the epoch is cut at ``num_batches``."""
-        accumulate = self.segment(batch_idx).accumulate
+        _, micro_batch, accumulate = self.segment(batch_idx)
         first, end = self.window(batch_idx, num_batches)
         begin, stop = self.span(batch_idx)
+        window = self.span(end - 1)[1] - self.span(first)[0]
         return Share(
             local=self.local_size(batch_idx, rank),
             across_ranks=stop - begin,
-            window=self.span(end - 1)[1] - self.span(first)[0],
+            window=window,
             accumulate=accumulate,
             data_parallel_size=self.data_parallel_size,
+            whole=window == micro_batch * accumulate * self.data_parallel_size,
         )
 
     def window(self, batch_idx: int, num_batches: int | None = None) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from torch.optim import (
 from lightning_ext.scaling import (
     HYPERPARAMETER_RULES,
     Hyperparameters,
+    momentum_buffer_scale,
     scale_hyperparameters,
     scale_step_count,
 )
@@ -56,7 +57,8 @@ def batch_rule(optimizer: Optimizer) -> str:
         return "sde"
     raise ValueError(
         f"There is no known batch rule for {type(optimizer).__name__}. Choose one of"
-        f" {HYPERPARAMETER_RULES}, or give the class an attribute `batch_rule`."
+        f" {HYPERPARAMETER_RULES} as rule= (lr_rule= in AdaptiveBatchSize), or give the class an"
+        " attribute `batch_rule`."
     )
 
 
@@ -77,6 +79,9 @@ class BatchScaling:
             ``"sqrt"`` or ``"sde"``.
         kappa: Global batch over reference batch that the optimizer's state belongs to.
         scale_weight_decay: Whether decoupled weight decay follows too. Coupled L2 never does.
+
+    Attributes:
+        last_lrs: The learning rate that the last step used, for each group.
 
     Raises:
         ValueError: The rule or the class of the optimizer is not known, a hyper-parameter that the
@@ -106,6 +111,7 @@ class BatchScaling:
         self._check(kappa)
         self._kappa = float(kappa)
         self._reference: list[dict[str, Any]] | None = None
+        self.last_lrs: list[float] | None = None
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -155,17 +161,17 @@ class BatchScaling:
 
     def _scale_momentum_buffers(self, group: dict[str, Any], previous: float) -> None:
         """Keeps lr × buffer per sample where it is while the momentum changes."""
-        old, new = (self._hyperparameters(group, k) for k in (previous, self._kappa))
-        if new.momentum == old.momentum:
+        if self.rule != "linear_samples":
             return
-        ratio = (old.lr / previous) / (new.lr / self._kappa)
+        old, new = (momentum_buffer_scale(group["momentum"], k) for k in (previous, self._kappa))
         for parameter in group["params"]:
             buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if buffer is not None:
-                buffer.mul_(ratio)
+                buffer.mul_(new / old)
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._restore()  # a step that raised has left its values behind
+        self.last_lrs = self.lrs()
         if self._kappa == 1.0:
             return None
         self._reference = []

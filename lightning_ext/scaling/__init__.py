@@ -11,9 +11,11 @@ from lightning_ext.scaling._ema import (
 from lightning_ext.scaling._hyperparameters import (
     HYPERPARAMETER_RULES,
     Hyperparameters,
+    momentum_buffer_scale,
     scale_hyperparameters,
     scale_step_count,
 )
+from lightning_ext.scaling._means import loss_weight
 from lightning_ext.scaling._noise import (
     BatchEfficiency,
     NoiseScale,
@@ -41,6 +43,8 @@ __all__ = [
     "ema_decay",
     "ema_warmup",
     "half_life_to_decay",
+    "loss_weight",
+    "momentum_buffer_scale",
     "next_global_batch",
     "noise_scale",
     "noise_statistics",

@@ -103,6 +103,34 @@ def scale_hyperparameters(
     return given if kappa == 1 else _scaled(kappa, rule, given)
 
 
+def momentum_buffer_scale(momentum: float, kappa: float) -> float:
+    """Return by what SGD's momentum buffer changes from the reference batch to κ times as large.
+
+        (1 − μ) / (1 − μ^κ)
+
+    Under ``linear_samples`` the buffer, a sum of gradients weighted μ^t, becomes one weighted
+    (μ^κ)^t. Scaled by this, lr × buffer per sample goes on where it was.
+
+    Args:
+        momentum: μ in [0, 1).
+        kappa: κ, global batch over reference batch; above 0.
+
+    Returns:
+        The factor; 1 at κ = 1 and at μ = 0.
+
+    Raises:
+        TypeError: if a value is not a number.
+        ValueError: if a value is out of range.
+
+    Example:
+        >>> round(momentum_buffer_scale(0.9, 2), 6)  # 1 / 1.9
+        0.526316
+    """
+    require_fraction("momentum", momentum)
+    require_positive("kappa", kappa)
+    return 1 / _geometric_sum(momentum, kappa)
+
+
 def scale_step_count(step: Quantity, kappa: float) -> Quantity:
     """Restate a count of optimizer steps in steps of a batch κ times as large.
 

@@ -23,9 +23,10 @@ _CHOICES = "'noise_scale', 'norm_test' or a schedule such as '0:256 1M:512'"
 class NoiseScaleRule:
     """Follow the noise scale: target = factor · S/|G|².
 
-    Where the averaged |G|² is not above 0 the noise scale has no finite estimate. A batch that
-    only grows could not take back a jump made on such a measurement, so the rule then proposes
-    from the lower confidence limit, and has no opinion while that is 0.
+    Where the averaged |G|² does not differ from 0 at the given confidence, the noise scale has no
+    upper limit and its estimate means little. A batch that only grows could not take back a jump
+    made on such a measurement, so the rule then proposes from the lower confidence limit, and has
+    no opinion while that is 0.
 
     Args:
         factor: proposed batch over noise scale; finite and above 0.
@@ -61,8 +62,8 @@ class NormTest:
     """Keep the batch passing S/B ≤ η²·|G|²: target = S / (η²·|G|²).
 
     ``plug_in=True`` puts the squared norm of the batch gradient, |G|² + S/B, in the place of
-    |G|²: with |G|² ≥ 0 the target then never exceeds B/η². A noise scale without a finite estimate
-    is treated as by ``NoiseScaleRule``.
+    |G|²: with |G|² ≥ 0 the target then never exceeds B/η². A noise scale without an upper
+    limit is treated as by ``NoiseScaleRule``.
 
     Args:
         eta: η, the noise allowed relative to the gradient; finite and above 0.
@@ -140,10 +141,10 @@ def _parse_name(name: str) -> BatchRule:
 
 
 def _supported(noise: NoiseScale | None) -> float | None:
-    """Return the noise scale, its lower limit where it is infinite, None where there is neither."""
+    """Return the noise scale, its lower limit where it has no upper one; None if not above 0."""
     if noise is None:
         return None
-    size = noise.low if math.isinf(noise.value) and noise.value > 0 else noise.value
+    size = noise.low if math.isinf(noise.high) else noise.value
     return size if 0 < size < math.inf else None
 
 

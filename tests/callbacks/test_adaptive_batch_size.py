@@ -13,7 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, St
 
 from lightning_ext.callbacks import EMA, AdaptiveBatchSize, GradientNoiseScale
 from lightning_ext.optim import SampleSchedule
+from lightning_ext.scaling import NoiseScaleRule, NormTest
 
+EAGER = NoiseScaleRule(factor=100.0)  # grows wherever there is any estimate
 UP_AND_DOWN = "0:8 30:16 70:32 150:8 190:24 280:4"
 
 
@@ -150,9 +152,7 @@ def test_the_last_window_is_the_mean_of_its_samples_only_where_asked() -> None:
 
 
 def test_growth_by_noise_scale_reaches_the_limit_and_no_further() -> None:
-    adaptive = AdaptiveBatchSize(
-        "noise_scale", max_global_batch=48, max_micro_batch=8, dwell_samples=0
-    )
+    adaptive = AdaptiveBatchSize(EAGER, max_global_batch=48, max_micro_batch=8, dwell_samples=0)
     module, run = fit([adaptive], train=loader(96), max_epochs=6)
     assert adaptive.global_batch == 48
     assert max(len(batch) for batch in module.seen) <= 8
@@ -161,7 +161,8 @@ def test_growth_by_noise_scale_reaches_the_limit_and_no_further() -> None:
 
 
 def test_norm_test_grows_too() -> None:
-    adaptive = AdaptiveBatchSize("norm_test", max_global_batch=64, dwell_samples=0)
+    strict = NormTest(eta=0.05)
+    adaptive = AdaptiveBatchSize(strict, max_global_batch=64, dwell_samples=0)
     fit([adaptive], max_epochs=4)
     assert adaptive.global_batch == 64
 
@@ -279,9 +280,7 @@ def test_clipped_steps_are_counted() -> None:
 
 
 def test_a_second_fit_goes_on_with_the_sizes_reached() -> None:
-    adaptive = AdaptiveBatchSize(
-        "noise_scale", max_global_batch=32, max_micro_batch=16, dwell_samples=0
-    )
+    adaptive = AdaptiveBatchSize(EAGER, max_global_batch=32, max_micro_batch=16, dwell_samples=0)
     module, run = fit([adaptive], max_epochs=2)
     assert adaptive.global_batch == 32
     assert run.accumulate_grad_batches == 2
@@ -314,7 +313,7 @@ class Quiet(Classifier):
 
 def test_a_compiled_module_trains() -> None:
     settings = {"max_global_batch": 48, "max_micro_batch": 8, "dwell_samples": 0}
-    eager, compiled = (AdaptiveBatchSize("noise_scale", **settings) for _ in range(2))
+    eager, compiled = (AdaptiveBatchSize(EAGER, **settings) for _ in range(2))
     expected, _ = fit([eager], module=Quiet(dropout=0.0))
     found = Quiet(dropout=0.0)
     fit([compiled], module=torch.compile(found, backend="eager"))

@@ -46,7 +46,8 @@ def test_the_limit_holds() -> None:
 
 
 def test_a_schedule_is_followed_to_the_letter() -> None:
-    controller = bound("0:32 10:33 20:400 30:8", limit=300)
+    with pytest.warns(UserWarning, match="goes up to 400, max_global_batch=300"):
+        controller = bound("0:32 10:33 20:400 30:8", limit=300)
     found = [controller.decide(Observation(32, seen)).global_batch for seen in (0, 10, 20, 30)]
     assert found == [32, 33, 300, 8]
 

@@ -268,7 +268,7 @@ def test_two_processes_average_as_one_with_twice_the_accumulation() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.1, float("nan")])
 def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
-    with pytest.raises(ValueError, match=r"decay was .*\(0, 1\)"):
+    with pytest.raises(ValueError, match=r"decay was .*above 0 and below 1"):
         EMA(decay)
 
 

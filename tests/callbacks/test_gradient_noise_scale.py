@@ -105,13 +105,14 @@ def test_a_last_window_cut_short_is_measured_too() -> None:
     assert_accurate(measured, by_hand(module, windows))
 
 
-def test_parts_of_unequal_size_are_weighed_by_their_samples() -> None:
+def test_an_uneven_step_of_an_adaptive_loader_is_left_out() -> None:
+    # Other ranks × accumulation would cut it into other parts, and decide otherwise.
     callbacks = [AdaptiveBatchSize("0:12")]
     train = loader(94, dtype=torch.float64)
     measured, module = measure(callbacks=callbacks, train=train, accumulate_grad_batches=3)
     windows = in_windows(module.parts, 3)
     assert sizes(windows[-1]) == [4, 4, 2]
-    assert_accurate(measured, by_hand(module, windows))
+    assert_accurate(measured, by_hand(module, windows[:-1]))
 
 
 def test_a_window_whose_mean_is_not_over_samples_is_left_out() -> None:

@@ -86,7 +86,12 @@ def test_weights_of_a_last_step_by_hand() -> None:
     for sampler in ranks:
         sampler.resize(2, 2)
     shares = [sampler.share(b) for b in (2, 3) for sampler in ranks]
-    assert shares == [(2, 4, 5, 2, 2), (2, 4, 5, 2, 2), (1, 1, 5, 2, 2), (0, 1, 5, 2, 2)]
+    assert [share[:5] for share in shares] == [
+        (2, 4, 5, 2, 2),
+        (2, 4, 5, 2, 2),
+        (1, 1, 5, 2, 2),
+        (0, 1, 5, 2, 2),
+    ]
     assert [s.loss_weight() for s in shares] == [8 / 5, 8 / 5, 4 / 5, 0]
     assert [s.loss_weight(rescale_last_window=False) for s in shares] == [1, 1, 2, 0]
 

@@ -81,7 +81,7 @@ def test_what_was_handed_out_counts_where_nobody_consumes() -> None:
     assert sampler.consumed == sampler.handed == 1
 
 
-@pytest.mark.parametrize("stop", [0, 1, 5, 9, 14])
+@pytest.mark.parametrize("stop", [0, 1, 5, 9, 14, 15])
 def test_a_change_that_waits_is_kept(stop: int) -> None:
     sampler = sampler_of()
     sampler.resize(4, 3, not_before=7)
@@ -94,6 +94,21 @@ def test_a_change_that_waits_is_kept(stop: int) -> None:
     assert (resumed.plan, len(resumed)) == (sampler.plan, len(sampler))
     assert (resumed.batch_size, resumed.accumulate) == (4, 3)
     assert list(resumed) == list(sampler)
+
+
+def test_a_position_inside_a_window_begins_a_shorter_one() -> None:
+    sampler = sampler_of()
+    sampler.resize(4, 3)
+    batches = iter(sampler)
+    for _ in range(4):
+        next(batches)
+    resumed = sampler_of()
+    resumed.load_state_dict(through_a_file(sampler.state_dict()))
+    resumed.cut_window()
+    weights = [resumed.share(b).loss_weight() for b in (4, 5)]
+    assert [resumed.share(b).window for b in (4, 5, 6)] == [8, 8, 12]
+    assert weights == [3 / 2, 3 / 2]  # two parts of a mean that the Trainer divides by three
+    assert list(resumed) == list(batches)
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

@@ -26,6 +26,8 @@ from lightning_ext.scaling import (
     ema_decay,
     ema_warmup,
     half_life_to_decay,
+    loss_weight,
+    momentum_buffer_scale,
     next_global_batch,
     noise_scale,
     noise_statistics,
@@ -166,6 +168,20 @@ CONTRACTS = {
         # McCandlish et al. 2018, equation 2.9, with the average taken before the ratio.
         published=lambda: noise_scale([(1.0, 10.0, 8), (3.0, 50.0, 8)]).value == 15.0,
         composes="an estimator",
+    ),
+    "loss_weight": Contract(
+        identity=lambda: loss_weight(8, 64, parts=8) == 1,
+        # Two batches of 3 and 1 samples with mean losses 2 and 6: the mean of all four is 3.
+        published=lambda: (
+            (2 * loss_weight(3, 4, parts=2) + 6 * loss_weight(1, 4, parts=2)) / 2 == 3
+        ),
+        composes="it is about one step",
+    ),
+    "momentum_buffer_scale": Contract(
+        identity=lambda: momentum_buffer_scale(0.9, 1) == 1,
+        # Hand-worked: a steady gradient g makes a buffer of g/(1 − μ), then of g/(1 − μ²).
+        published=lambda: momentum_buffer_scale(0.9, 2) == pytest.approx((1 / 0.19) / (1 / 0.1)),
+        composes="from a to b it is the quotient of two",
     ),
     "batch_efficiency": Contract(
         identity=lambda: batch_efficiency(512, 512) == (2, 2),

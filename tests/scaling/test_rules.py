@@ -50,8 +50,10 @@ def test_the_plug_in_test_has_no_opinion_without_a_positive_ratio(changes) -> No
 
 
 @pytest.mark.parametrize("rule", NOISY_RULES[:2], ids=repr)
-def test_an_infinite_estimate_counts_as_its_lower_limit(rule) -> None:
-    assert _target(rule, _observe(value=math.inf, low=512.0)) == _target(rule, SEEN)
+@pytest.mark.parametrize("value", [math.inf, 1e6, 600.0])
+def test_an_estimate_without_an_upper_limit_counts_as_its_lower_one(rule, value) -> None:
+    noise = {"value": value, "low": 512.0, "high": math.inf}
+    assert _target(rule, _observe(**noise)) == _target(rule, SEEN)
 
 
 @pytest.mark.parametrize("rule", NOISY_RULES[:2], ids=repr)
