@@ -85,12 +85,14 @@ def _sync_validation(trainer: Trainer, total: int) -> None:
 
 
 def _whole_windows(trainer: Trainer, batches: int, total: int) -> int:
-    """Rounds down such that validation, and with it a checkpoint, cuts no gradient in two."""
+    """Rounds such that validation, and with it a checkpoint, cuts no gradient in two."""
     sampler = live_sampler(trainer)
-    accumulate = 1
-    if sampler is not None and len(sampler.plan.segments) > 1 and batches < total:
-        accumulate = sampler.plan.last.accumulate
-    return max(1, batches - batches % accumulate, min(accumulate, total))
+    if sampler is None or batches >= total:
+        return max(1, batches)
+    if all(segment[1:] == sampler.user_sizes for segment in sampler.plan.segments):
+        return max(1, batches)
+    common = math.lcm(*(segment.accumulate for segment in sampler.plan.segments))
+    return max(batches - batches % common, min(common, total))
 
 
 def _validates(trainer: Trainer) -> bool:

@@ -198,3 +198,4 @@ def _continue_from(previous: AdaptiveBatchSampler | None, sampler: AdaptiveBatch
         sampler.set_epoch(previous.epoch + 1)
         sampler.rescale_last_window = previous.rescale_last_window
         sampler.reference_batch = previous.reference_batch
+        sampler.user_sizes = previous.user_sizes

@@ -99,7 +99,8 @@ class RunningBatch:
             self.reference_batch = self.controller.global_batch(start)
         sampler.reference_batch = self.reference_batch
         sampler.rescale_last_window = rescale_last_window
-        sampler.resize(*self._first_sizes(start, sampler))
+        sampler.user_sizes = start
+        sampler.resize(*self._first_sizes(trainer, sampler, start))
 
     def begin(self, trainer: Trainer) -> None:
         """Sets accumulation and hyper-parameters before the first batch."""
@@ -220,12 +221,15 @@ class RunningBatch:
         plan = (sampler or self.sampler).plan
         return min(global_batch, plan.num_samples) if plan.drop_last else global_batch
 
-    def _first_sizes(self, start: BatchSplit, sampler: AdaptiveBatchSampler) -> BatchSplit:
+    def _first_sizes(
+        self, trainer: Trainer, sampler: AdaptiveBatchSampler, start: BatchSplit
+    ) -> BatchSplit:
         if self.controller.rule.needs_noise:
             return self._in_force or start
         observed = self._observe(self.controller.global_batch(start), None)
         decision = self.controller.decide(observed)
         target = decision.global_batch if decision else self.controller.global_batch(start)
+        (target,) = _lightning.view(trainer).largest(target)
         return self.controller.split(self._within_epoch(target, sampler))
 
     def _observe(self, global_batch: int, source: GradientNoiseScale | None) -> Observation:

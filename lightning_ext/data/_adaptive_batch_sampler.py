@@ -54,6 +54,7 @@ class AdaptiveBatchSampler(BatchSampler):
     # Notes of whoever trains with it.
     rescale_last_window = True
     reference_batch: int | None = None
+    user_sizes: tuple[int, int] | None = None  # micro-batch and accumulation before any change
     tracked = False  # True: `consume` counts; False: what was handed out counts as consumed
 
     def __init__(

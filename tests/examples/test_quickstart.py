@@ -43,6 +43,11 @@ def test_it_ends_with_a_table_curves_and_logs(tmp_path: Path) -> None:
     assert [cells[2].strip() for cells in table[:2]] == ["82", "3"]
     assert all(cells[k].strip().endswith("%") for cells in table for k in (5, 6))
 
+    printed = [out.relative_to(tmp_path) / name / "version_0" / "metrics.csv" for name in RUNS]
+    assert done.stdout.splitlines()[-3:] == [
+        f"{name}: {path}" for name, path in zip(RUNS, printed, strict=True)
+    ]
+
     small, large, adaptive = (steps(out, name) for name in RUNS)
     # Each stops at its first step beyond 1,300; an epoch of 1,280 has two large batches.
     assert [run[-1]["samples_seen"] for run in (small, large)] == [1312, 1920]
