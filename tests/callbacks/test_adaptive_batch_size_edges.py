@@ -141,7 +141,7 @@ def test_the_generators_of_python_and_numpy_go_on(tmp_path: Path) -> None:
 def test_a_generator_of_the_loader_alone_goes_on(tmp_path: Path) -> None:
     def run(ckpt_path: Path | None) -> torch.Tensor:
         generator = torch.Generator().manual_seed(3)
-        saver = ModelCheckpoint(tmp_path, filename="mid", every_n_train_steps=5, save_top_k=1)
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
         fit(
             [AdaptiveBatchSize("0:8"), saver],
             train=loader(50, shuffle=False, generator=generator),
@@ -150,7 +150,7 @@ def test_a_generator_of_the_loader_alone_goes_on(tmp_path: Path) -> None:
         )
         return generator.get_state()
 
-    assert torch.equal(run(None), run(tmp_path / "mid.ckpt"))
+    assert torch.equal(run(None), run(tmp_path / "step=3.ckpt"))
 
 
 class ByRank:
@@ -160,7 +160,8 @@ class ByRank:
 
     def propose(self, observation: Observation) -> Proposal:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        return Proposal(16.0 * (1 + rank), 0.0, "by rank")
+        base = 16.0 if observation.samples_seen < 60 else 32.0
+        return Proposal(base * (1 + rank), 0.0, "by rank")
 
 
 def disagreeing(workers: bool) -> Any:
@@ -180,7 +181,7 @@ def disagreeing(workers: bool) -> Any:
 def test_ranks_take_the_same_size_at_the_same_batch(workers: bool) -> None:
     one, other = run_distributed(disagreeing, args=(workers,))
     assert one == other
-    assert one[1] == 32
+    assert one[1] == 64
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
