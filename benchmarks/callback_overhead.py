@@ -2,9 +2,10 @@
 
     PYTHONPATH=. python benchmarks/callback_overhead.py --device cpu
 
-First it asserts that the neutral callback leaves the weights bit for bit as they are without it.
-Rows go to `benchmarks/results/callback_overhead.csv`, one for each thing, variant, mode, dtype,
-shape and device; a new run replaces its rows.
+The fits are shorter than `log_every_n_steps`, so that only their last step logs. First it asserts
+that the neutral callback leaves the weights bit for bit as they are without it. Rows go to
+`benchmarks/results/callback_overhead.csv`, one for each thing, variant, mode, dtype, shape and
+device; a new run replaces its rows.
 """
 
 from __future__ import annotations

@@ -193,7 +193,9 @@ def main() -> None:
             table.add_row(name, *(format(row[key], form) for key, form in COLUMNS.items()))
     rich.print(table)
     draw(curves, args.out / "quickstart.png")
-    print(f"Curves: {args.out / 'quickstart.png'}, numbers: {args.out}/*/version_*")
+    print(f"curves: {args.out / 'quickstart.png'}")
+    for name, metrics in curves.items():
+        print(f"{name}: {metrics}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -142,7 +143,8 @@ class RunningBatch:
         target = self._within_epoch(target)
         split = self.controller.split(target)
         if split != self._in_force:
-            view.set_micro_batch(split.micro_batch, accumulate=split.accumulate)
+            start = view.set_micro_batch(split.micro_batch, accumulate=split.accumulate)
+            self._warn_of_waiting(start, split.accumulate)
 
     def apply_due(self, trainer: Trainer, next_batch: int) -> None:
         """Changes accumulation and hyper-parameters where the next batch has new sizes."""
@@ -205,6 +207,17 @@ class RunningBatch:
         sizes = state["in_force"]
         self._in_force = None if sizes is None else BatchSplit(*sizes)
         self.position = state["sampler"]
+
+    def _warn_of_waiting(self, start: int | None, accumulate: int) -> None:
+        if start is not None or self.controller.rule.needs_noise:
+            return  # what is estimated may wait
+        common = math.lcm(self.in_force.accumulate, accumulate)
+        if common > max(self.in_force.accumulate, accumulate):
+            rank_zero_warn(
+                f"The batch of {self.global_batch} changes with the next epoch only: from"
+                f" accumulation {self.in_force.accumulate} to {accumulate} it takes a batch that is"
+                f" a multiple of {common}. Hint: sizes of which one divides the other."
+            )
 
     def _warn_of_short_epochs(self) -> None:
         samples = self.sampler.plan.num_samples

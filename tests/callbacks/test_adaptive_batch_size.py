@@ -120,6 +120,7 @@ def test_changes_inside_an_epoch_lose_nothing(workers: dict[str, Any], drop_last
         assert len(samples) >= 3 * (102 - 7)
 
 
+@pytest.mark.filterwarnings("ignore:The batch of 20 changes with the next epoch only:UserWarning")
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 5])
 def test_accumulation_alone_changes_where_the_micro_batch_is_fixed(accumulate: int) -> None:
     watcher = Watcher()

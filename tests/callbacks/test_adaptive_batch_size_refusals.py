@@ -236,3 +236,10 @@ def test_after_an_exception_the_trainer_is_as_it_was() -> None:
         run.fit(Breaks(), loader())
     assert run.accumulate_grad_batches == 2
     assert run.fit_loop._data_source is source
+
+
+def test_a_change_that_has_to_wait_for_the_next_epoch_warns() -> None:
+    adaptive = AdaptiveBatchSize("0:20 40:44")
+    with pytest.warns(UserWarning, match="from accumulation 5 to 11 it takes .*multiple of 55"):
+        fit([adaptive], accumulate_grad_batches=5, max_epochs=2)
+    assert adaptive.global_batch == 44
