@@ -58,7 +58,7 @@ def run_tests(machine: dict[str, str]) -> bool:
     """Run the tests marked `gpu`, add a row, and say whether all passed."""
     tests = (ROOT / "tests").rglob("test_*.py")
     # Only files that need the card: others import packages that this machine may lack.
-    files = sorted(str(p) for p in tests if "@pytest.mark.gpu" in p.read_text(encoding="utf-8"))
+    files = sorted(str(p) for p in tests if "pytest.mark.gpu" in p.read_text(encoding="utf-8"))
     if not files:
         print("No test is marked gpu.")
         return True

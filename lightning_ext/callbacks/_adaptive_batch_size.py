@@ -111,6 +111,7 @@ class AdaptiveBatchSize(Callback):
             monotone=monotone,
         )
         self.source = source
+        self._given_source = source
         self.max_samples = max_samples
         self.rescale_last_window = rescale_last_window
         self.batch = RunningBatch(
@@ -146,7 +147,7 @@ class AdaptiveBatchSize(Callback):
             self.batch.reset()
             self._clipped = ClippedFraction()
         if self.batch.controller.rule.needs_noise:
-            self.source = the_noise_scale(trainer, self, self.source)
+            self.source = the_noise_scale(trainer, self, self._given_source)
         prepare = partial(self.batch.prepare, trainer, rescale_last_window=self.rescale_last_window)
         _lightning.install_sampler(trainer, prepare)
 

@@ -221,6 +221,15 @@ def test_callbacks_begin_anew_with_another_module() -> None:
     assert used[2].updates == fresh[2].updates
 
 
+def test_a_callback_may_move_to_another_trainer() -> None:
+    adaptive = AdaptiveBatchSize("noise_scale", max_global_batch=48)
+    fit([adaptive], max_epochs=1)
+    first = adaptive.source
+    fit([adaptive], max_epochs=1)
+    assert adaptive.source is not first
+    assert adaptive.samples_seen == 96
+
+
 def test_a_batch_above_the_epoch_warns() -> None:
     with pytest.warns(UserWarning, match="512 is more than the 20 samples of an epoch"):
         fit([AdaptiveBatchSize("0:512", max_micro_batch=64)], train=loader(20), max_epochs=1)
