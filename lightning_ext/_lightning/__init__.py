@@ -3,6 +3,11 @@
 from lightning_ext._lightning._export import export_with, exporting
 from lightning_ext._lightning._lengths import epoch_end, sync_lengths
 from lightning_ext._lightning._loader import install_sampler, live_sampler, uninstall_sampler
+from lightning_ext._lightning._monitored import (
+    monitored_metrics,
+    restore_monitored_metrics,
+    step_plateau_schedulers,
+)
 from lightning_ext._lightning._optimizer_steps import (
     StepCounter,
     gradient_scale,
@@ -13,7 +18,6 @@ from lightning_ext._lightning._optimizer_steps import (
 from lightning_ext._lightning._random_state import random_state, restore_random_state
 from lightning_ext._lightning._resume import (
     resume_position,
-    step_plateau_schedulers,
     sync_first_batch,
 )
 from lightning_ext._lightning._view import DistributedView, View, view
@@ -32,8 +36,10 @@ __all__ = [
     "install_sampler",
     "live_sampler",
     "logs_now",
+    "monitored_metrics",
     "random_state",
     "reference_batch",
+    "restore_monitored_metrics",
     "restore_random_state",
     "resume_position",
     "step_gradient_scale",

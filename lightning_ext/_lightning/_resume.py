@@ -19,6 +19,7 @@ from lightning_ext._lightning._lengths import (
     sync_lengths,
 )
 from lightning_ext._lightning._loader import live_sampler
+from lightning_ext._lightning._monitored import plateaus_are_monitored
 from lightning_ext.data import AdaptiveBatchSampler
 
 _STATEFUL = ("state_dict", "load_state_dict")
@@ -122,7 +123,7 @@ def _finish_epoch(trainer: Trainer) -> None:
         loop.epoch_loop.val_loop.on_iteration_done()
         loop.epoch_loop.on_advance_end(fetcher)
         counts.processed += 1
-        if _plateaus_are_monitored(trainer):
+        if plateaus_are_monitored(trainer):
             loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
         counts.completed += 1
     if loop.epoch_progress.current.completed < loop.epoch_progress.current.ready:
@@ -135,21 +136,3 @@ def _forget_restart(trainer: Trainer) -> None:
     loop = trainer.fit_loop
     for part in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
         part.on_iteration_done()
-
-
-def step_plateau_schedulers(trainer: Trainer) -> None:
-    """Lets schedulers that watch a metric step at the end of a resumed epoch too.
-
-    To be called in ``on_train_epoch_end``. Lightning leaves them out there, since their metric may
-    be unknown; where it is known, the uninterrupted run has stepped them.
-    """
-    if _plateaus_are_monitored(trainer):
-        trainer.fit_loop._restarting = False
-
-
-def _plateaus_are_monitored(trainer: Trainer) -> bool:
-    return all(
-        config.monitor in trainer.callback_metrics
-        for config in trainer.lr_scheduler_configs
-        if config.reduce_on_plateau
-    )

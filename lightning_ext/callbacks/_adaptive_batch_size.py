@@ -124,6 +124,7 @@ class AdaptiveBatchSize(Callback):
         )
         self._clipped = ClippedFraction()
         self._random_state: list[dict[str, Any]] | None = None
+        self._monitored: dict[str, float] = {}
         self._share = _lightning.BatchShare(0, 0, 0, 1.0)
 
     @property
@@ -157,6 +158,7 @@ class AdaptiveBatchSize(Callback):
         check_schedules(trainer)
         self.batch.begin(trainer)
         if trainer.fit_loop.is_resuming:
+            _lightning.restore_monitored_metrics(trainer, self._monitored)
             restore = partial(_lightning.restore_random_state, trainer, self._random_state)
             _lightning.resume_position(trainer, self.batch.position, restore)
         else:
@@ -231,14 +233,17 @@ class AdaptiveBatchSize(Callback):
         self.batch.load_state_dict(state_dict)
         self._clipped.load_state_dict(state_dict["clipped"])
         self._random_state = state_dict.get("random_state")
+        self._monitored = state_dict.get("monitored", {})
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds the random state of every rank, after fit that of its end."""
+        """Adds the random state of every rank and what schedulers monitor, or that of fit's end."""
         if self.batch.running:
             self._random_state = _lightning.random_state(trainer)
-        checkpoint["callbacks"][self.state_key]["random_state"] = self._random_state
+            self._monitored = _lightning.monitored_metrics(trainer)
+        own = checkpoint["callbacks"][self.state_key]
+        own |= {"random_state": self._random_state, "monitored": self._monitored}
 
 
 def _rule_and_limit(rule: str | BatchRule, max_global_batch: int | None) -> tuple[BatchRule, int]:

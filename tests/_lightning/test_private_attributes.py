@@ -194,6 +194,12 @@ def test_the_loop_knows_its_last_batch_and_the_steps_that_are_logged() -> None:
     assert found == [(False, False), (False, True), (False, False), (True, True)]
 
 
+def test_callback_metrics_may_be_put_back() -> None:
+    _, run = fit(max_epochs=1)
+    run._logger_connector._callback_metrics["val_loss"] = torch.tensor(3.0)
+    assert run.callback_metrics["val_loss"] == 3.0
+
+
 def test_on_advance_end_validates_where_it_is_due() -> None:
     due: list[bool] = []
 

@@ -95,6 +95,10 @@ CASES: dict[str, dict[str, Any]] = {
     "epochs cut at a number": {"trainer": {"limit_train_batches": 7}},
     "epochs cut at a fraction": {"trainer": {"limit_train_batches": 0.6}},
     "plateau": {"schedulers": on_plateau},
+    "plateau, validated inside the epoch": {
+        "schedulers": on_plateau,
+        "trainer": {"val_check_interval": 0.34},
+    },
     "loader set up early": {"module": Expectant},
     "cosine": {"schedulers": cosine},
     "schedule by samples": {"schedulers": by_samples, "optimizer": "sgd"},
