@@ -62,8 +62,8 @@ class NormTest:
     """Keep the batch passing S/B ≤ η²·|G|²: target = S / (η²·|G|²).
 
     ``plug_in=True`` puts the squared norm of the batch gradient, |G|² + S/B, in the place of
-    |G|²: with |G|² ≥ 0 the target then never exceeds B/η². A noise scale without an upper
-    limit is treated as by ``NoiseScaleRule``.
+    |G|²: with |G|² ≥ 0 the target then never exceeds B/η², whatever the interval. Without it, a
+    noise scale that has no upper limit is treated as by ``NoiseScaleRule``.
 
     Args:
         eta: η, the noise allowed relative to the gradient; finite and above 0.
