@@ -13,12 +13,14 @@ from lightning_ext import _lightning, scaling
 from lightning_ext.callbacks._adaptive_checks import (
     check_arguments,
     check_fit,
+    check_ranks,
     check_schedules,
     define_wandb_axis,
     the_noise_scale,
 )
 from lightning_ext.callbacks._batch_controller import BatchController
 from lightning_ext.callbacks._clipping import ClippedFraction
+from lightning_ext.callbacks._following_rates import FollowingRates
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
 from lightning_ext.callbacks._reuse import begins_anew
 from lightning_ext.callbacks._running_batch import RunningBatch
@@ -44,10 +46,11 @@ class AdaptiveBatchSize(Callback):
     where ``tokens_per_sample`` is given, and ``clipped_fraction`` where the Trainer clips by norm.
 
     Args:
-        rule: ``"noise_scale"``, ``"norm_test"``, a schedule such as ``"0:64 20k:128"``, or an
-            object (:class:`~lightning_ext.scaling.BatchRule`).
-        lr_rule: How hyper-parameters follow: ``"auto"`` (SGD ``"linear"``, Adam family and RMSprop
-            ``"sde"``), ``"none"``, ``"linear"``, ``"linear_samples"``, ``"sqrt"`` or ``"sde"``.
+        rule: The name of a rule, such as ``"noise_scale"`` or ``"norm_test"``, a schedule such as
+            ``"0:64 20k:128"``, or an object (:class:`~lightning_ext.scaling.BatchRule`).
+        lr_rule: How hyper-parameters follow, one of ``scaling.HYPERPARAMETER_RULES``; ``"auto"``
+            is what the rule asks for, else ``"linear"`` for SGD and ``"sde"`` for the Adam family
+            and RMSprop.
         max_global_batch: Largest samples per optimizer step; a schedule may leave it out.
         max_micro_batch: Largest samples per forward pass on one rank; ``None`` keeps the loader's
             batch size, and accumulation alone changes.
@@ -57,6 +60,12 @@ class AdaptiveBatchSize(Callback):
         threshold: Least relative change that is worth making.
         monotone: Never shrink.
         scale_weight_decay: Whether decoupled weight decay follows ``lr_rule``.
+        clamp_lr: Where a :class:`GradientNoiseScale` measures and the batch is larger than the upper
+            limit of its estimate, the learning rate stops growing (and warns once).
+        progress: What a step counts for schedules by samples and for ``max_samples``:
+            ``"samples"``, those it takes; ``"gain"``, the reference batch times AdaScale's gain
+            (``"auto"`` under ``lr_rule="adascale"``); ``"steps"``, the reference batch, so that
+            the number of updates stays (regime adaptation).
         rescale_last_window: Weigh losses by samples, so that a cut or uneven last window has the
             mean gradient of its samples; ``False`` is how the Trainer does it.
         source: The :class:`GradientNoiseScale` to use where there are several.
@@ -82,6 +91,8 @@ class AdaptiveBatchSize(Callback):
         threshold: float = 0.2,
         monotone: bool = True,
         scale_weight_decay: bool = True,
+        clamp_lr: bool = True,
+        progress: str = "auto",
         rescale_last_window: bool = True,
         source: GradientNoiseScale | None = None,
         tokens_per_sample: int | None = None,
@@ -97,9 +108,11 @@ class AdaptiveBatchSize(Callback):
             },
             {
                 "scale_weight_decay": scale_weight_decay,
+                "clamp_lr": clamp_lr,
                 "rescale_last_window": rescale_last_window,
             },
             lr_rule,
+            progress,
             source,
         )
         controller = BatchController(
@@ -114,10 +127,12 @@ class AdaptiveBatchSize(Callback):
         self._given_source = source
         self.max_samples = max_samples
         self.rescale_last_window = rescale_last_window
+        chosen = _lr_rule(lr_rule, controller.rule)
+        rates = FollowingRates(chosen, scale_weight_decay=scale_weight_decay, clamp=clamp_lr)
         self.batch = RunningBatch(
             controller,
-            lr_rule=lr_rule,
-            scale_weight_decay=scale_weight_decay,
+            rates,
+            progress=_progress(progress, chosen),
             tokens_per_sample=tokens_per_sample,
             total_samples=max_samples,
             reference_batch=reference_batch,
@@ -147,8 +162,7 @@ class AdaptiveBatchSize(Callback):
         if begins_anew(self, pl_module):
             self.batch.reset()
             self._clipped = ClippedFraction()
-        if self.batch.controller.rule.needs_noise:
-            self.source = the_noise_scale(trainer, self, self._given_source)
+        self.source = the_noise_scale(trainer, self, self._given_source, self.batch)
         prepare = partial(self.batch.prepare, trainer, rescale_last_window=self.rescale_last_window)
         _lightning.install_sampler(trainer, prepare)
 
@@ -157,6 +171,7 @@ class AdaptiveBatchSize(Callback):
         define_wandb_axis(trainer)
         check_schedules(trainer)
         self.batch.begin(trainer)
+        check_ranks(trainer, self.batch)
         if trainer.fit_loop.is_resuming:
             _lightning.restore_monitored_metrics(trainer, self._monitored)
             restore = partial(_lightning.restore_random_state, trainer, self._random_state)
@@ -176,7 +191,7 @@ class AdaptiveBatchSize(Callback):
         self._share = _lightning.batch_share(trainer, batch, batch_idx)
         for config in trainer.lr_scheduler_configs:
             for schedule in sample_schedules(config.scheduler):
-                schedule.samples_per_step = self._share.window
+                schedule.samples_per_step = self.batch.counts(self._share.window)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -196,16 +211,21 @@ class AdaptiveBatchSize(Callback):
     ) -> None:
         """After an optimizer step: counts, asks the rule, and changes what is due."""
         self.batch.sampler.consume()
+        self.batch.add_loss(outputs, self._share.local)
         if not _lightning.steps_now(trainer):
             return
-        self.batch.samples_seen += self._share.window
+        self.batch.end_step(trainer, self._share.window)
         if _lightning.logs_now(trainer):
             values = self.batch.values() | self._clipped.values()
             pl_module.log_dict(values, on_step=True, on_epoch=False)
         self.batch.decide(trainer, self.source)
         self.batch.apply_due(trainer, batch_idx + 1)
-        if self.max_samples is not None and self.samples_seen >= self.max_samples:
+        if self.max_samples is not None and self.batch.progress_samples >= self.max_samples:
             trainer.should_stop = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the time of validation out of that of steps."""
+        self.batch.observer.pause()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps schedulers by metric going after a resume."""
@@ -244,6 +264,16 @@ class AdaptiveBatchSize(Callback):
             self._monitored = _lightning.monitored_metrics(trainer)
         own = checkpoint["callbacks"][self.state_key]
         own |= {"random_state": self._random_state, "monitored": self._monitored}
+
+
+def _lr_rule(lr_rule: str, rule: BatchRule) -> str:
+    return str(getattr(rule, "lr_rule", "auto")) if lr_rule == "auto" else lr_rule
+
+
+def _progress(progress: str, lr_rule: str) -> str:
+    if progress != "auto":
+        return progress
+    return "gain" if lr_rule == "adascale" else "samples"
 
 
 def _rule_and_limit(rule: str | BatchRule, max_global_batch: int | None) -> tuple[BatchRule, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -17,8 +18,10 @@ from lightning_ext.callbacks._batch_norm import warn_batch_norm
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
 from lightning_ext.callbacks._running_batch import RunningBatch
 from lightning_ext.optim import sample_schedules
-from lightning_ext.scaling import HYPERPARAMETER_RULES
+from lightning_ext.scaling import HYPERPARAMETER_RULES, BatchRule
 
+_MEASURED = frozenset({"noise", "inner_products", "coordinates"})  # by GradientNoiseScale
+_OFFERED = frozenset({"loss", "lr_decay", "step_seconds"})
 _RIVALS: dict[type[Callback], str] = {
     GradientAccumulationScheduler: "give AdaptiveBatchSize a schedule and leave the other out",
     BatchSizeFinder: "find the size first, with a Trainer of its own",
@@ -27,7 +30,11 @@ _RIVALS: dict[type[Callback], str] = {
 
 
 def check_arguments(
-    counts: dict[str, int | None], switches: dict[str, bool], lr_rule: str, source: object
+    counts: dict[str, int | None],
+    switches: dict[str, bool],
+    lr_rule: str,
+    progress: str,
+    source: object,
 ) -> None:
     """Refuses single arguments of the wrong type or out of range.
 
@@ -40,6 +47,7 @@ def check_arguments(
     for name, switch in switches.items():
         require_bool(name, switch)
     require_choice("lr_rule", lr_rule, ("auto", *HYPERPARAMETER_RULES))
+    require_choice("progress", progress, ("auto", "samples", "gain", "steps"))
     if source is not None and not isinstance(source, GradientNoiseScale):
         raise TypeError(
             f"source was {source!r}; allowed is a GradientNoiseScale of the Trainer, or None."
@@ -63,17 +71,22 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, batch: RunningBatch)
             raise MisconfigurationException(
                 f"{other.__name__} and AdaptiveBatchSize cannot share a fit. Hint: {hint}."
             )
+    view(trainer)  # raises for a strategy that is not supported
     controller = batch.controller
-    ranks, passes = view(trainer).data_parallel_size, trainer.accumulate_grad_batches
-    if controller.rule.needs_noise and ranks * passes < 2:
-        raise MisconfigurationException(
-            f"{controller.rule} needs a global batch of at least two parts; there are"
-            f" accumulate_grad_batches={passes} and one data-parallel rank. Hint:"
-            " Trainer(accumulate_grad_batches=2)."
-        )
+    _check_fields(controller.rule)
     _check_unit(batch)
     if controller.max_micro_batch is not None:
         warn_batch_norm(pl_module)
+
+
+def _check_fields(rule: BatchRule) -> None:
+    unknown = rule.needs - (_OFFERED | _MEASURED)
+    if unknown:
+        raise MisconfigurationException(
+            f"{rule} needs {', '.join(sorted(unknown))}, which a run does not offer; it offers"
+            f" {', '.join(sorted(_OFFERED | _MEASURED))}. Hint: names are fields of"
+            " scaling.Observation."
+        )
 
 
 def _check_unit(batch: RunningBatch) -> None:
@@ -86,6 +99,30 @@ def _check_unit(batch: RunningBatch) -> None:
         raise MisconfigurationException(
             "A schedule in tokens needs to count them. Hint: set tokens_per_sample."
         )
+
+
+def check_ranks(trainer: Trainer, batch: RunningBatch) -> None:
+    """Refuses to start where ranks would take different batches.
+
+    Raises:
+        MisconfigurationException: On every rank, with what each of them has.
+    """
+    own = {
+        "the number of samples": batch.sampler.plan.num_samples,
+        "the micro-batch": batch.in_force.micro_batch,
+        "accumulate_grad_batches": batch.in_force.accumulate,
+        "max_global_batch": batch.controller.max_global_batch,
+        "the reference batch": batch.reference_batch or 0,
+        "the samples seen": batch.samples_seen,
+    }
+    device = trainer.strategy.root_device
+    found = view(trainer).gather(torch.tensor(list(own.values()), device=device))
+    for name, values in zip(own, found.T.tolist(), strict=True):
+        if len(set(values)) > 1:
+            raise MisconfigurationException(
+                f"Ranks disagree: {name} is {', '.join(map(str, values))}; it must be the same on"
+                " all of them. Hint: build data and callbacks alike on every rank."
+            )
 
 
 def check_schedules(trainer: Trainer) -> None:
@@ -105,31 +142,57 @@ def check_schedules(trainer: Trainer) -> None:
 
 
 def the_noise_scale(
-    trainer: Trainer, owner: Callback, source: GradientNoiseScale | None
-) -> GradientNoiseScale:
-    """The chosen or the one GradientNoiseScale of the Trainer, made if there is none.
+    trainer: Trainer, owner: Callback, given: GradientNoiseScale | None, batch: RunningBatch
+) -> GradientNoiseScale | None:
+    """The chosen or the one GradientNoiseScale of the Trainer, made where it is needed.
 
     Raises:
-        MisconfigurationException: There are several, or the chosen one does not take part.
+        MisconfigurationException: There are several, the chosen one does not take part, or it
+            would have nothing to measure.
     """
+    measured = batch.controller.rule.needs & _MEASURED
+    needed = bool(measured) or batch.rates.needs_noise
+    source = _present(trainer, given, required=needed)
+    if source is None and needed:
+        source = GradientNoiseScale()
+        callbacks = _callbacks(trainer)
+        callbacks.insert(callbacks.index(owner) + 1, source)
+    if source is not None and needed:
+        _check_parts(trainer, source, batch)
+        if measured - {"noise"}:
+            source.add_tests(measured - {"noise"})
+    return source
+
+
+def _present(
+    trainer: Trainer, given: GradientNoiseScale | None, *, required: bool
+) -> GradientNoiseScale | None:
     present = _callbacks(trainer)
-    if source is not None:
-        if source not in present:
+    if given is not None:
+        if given not in present:
             raise MisconfigurationException(
                 "The GradientNoiseScale given as source= is not among the Trainer's callbacks."
                 " Hint: Trainer(callbacks=[..., source])."
             )
-        return source
+        return given
     found = [c for c in present if isinstance(c, GradientNoiseScale)]
-    if len(found) > 1:
+    if len(found) > 1 and required:
         raise MisconfigurationException(
             f"There are {len(found)} GradientNoiseScale callbacks. Hint: say which one decides,"
             " AdaptiveBatchSize(..., source=that_one)."
         )
-    if not found:
-        found = [GradientNoiseScale()]
-        present.insert(present.index(owner) + 1, found[0])
-    return found[0]
+    return found[0] if len(found) == 1 else None
+
+
+def _check_parts(trainer: Trainer, source: GradientNoiseScale, batch: RunningBatch) -> None:
+    ranks, passes = view(trainer).data_parallel_size, trainer.accumulate_grad_batches
+    if source.source != "per_sample" and ranks * passes < 2:
+        asks = batch.controller.rule if batch.controller.rule.needs else batch.rates.rule
+        raise MisconfigurationException(
+            f"{asks} needs a global batch of at least two parts; there are"
+            f" accumulate_grad_batches={passes} and one data-parallel rank. Hint:"
+            " Trainer(accumulate_grad_batches=2), or GradientNoiseScale(source='per_sample')."
+        )
 
 
 def define_wandb_axis(trainer: Trainer) -> None:

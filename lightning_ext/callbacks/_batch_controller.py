@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_ext.callbacks._arguments import require_bool, require_count, require_number
 from lightning_ext.scaling import (
+    ESTIMATED_FIELDS,
     BatchRule,
     BatchSplit,
     Observation,
@@ -33,8 +34,9 @@ class Decision(NamedTuple):
 class BatchController:
     """Limits and hysteresis around a rule.
 
-    A rule that reads no noise (a schedule) is followed to the letter, within ``max_global_batch``;
-    growth, threshold, dwell and monotone damp what is estimated.
+    A rule that estimates nothing (a schedule) is followed to the letter, within
+    ``max_global_batch``; growth, threshold, dwell and monotone damp what is estimated.
+    ``ceiling`` is the largest micro-batch that was found to fit; it may be below the start.
     """
 
     rule: BatchRule
@@ -46,6 +48,7 @@ class BatchController:
     monotone: bool = True
     start: BatchSplit = field(default_factory=lambda: BatchSplit(1, 1))
     data_parallel_size: int = 1
+    ceiling: int | None = None
     warned: bool = False
 
     def __post_init__(self) -> None:
@@ -55,6 +58,16 @@ class BatchController:
         require_count("dwell_samples", self.dwell_samples, least=0, optional=True)
         require_bool("monotone", self.monotone)
 
+    @property
+    def estimated(self) -> bool:
+        """Whether the rule reads estimates, so that its proposals are damped."""
+        return bool(self.rule.needs & ESTIMATED_FIELDS)
+
+    @property
+    def damps_lr(self) -> bool:
+        """Whether the learning rate gives what the batch cannot reach."""
+        return bool(getattr(self.rule, "damps_lr", False))
+
     def bind(self, start: BatchSplit, data_parallel_size: int) -> None:
         """Fixes the sizes that training starts with, the smallest accumulation among them.
 
@@ -63,7 +76,7 @@ class BatchController:
         """
         self.start, self.data_parallel_size = start, data_parallel_size
         begins = self.global_batch(start)
-        if self.rule.needs_noise and begins > self.max_global_batch:
+        if self.estimated and begins > self.max_global_batch:
             raise MisconfigurationException(
                 f"max_global_batch={self.max_global_batch} is below the batch that training starts"
                 f" with: {start.micro_batch} × {start.accumulate} × {data_parallel_size} ranks ="
@@ -85,7 +98,7 @@ class BatchController:
             )
         fixed = self._max_micro_batch == self.start.micro_batch
         unit = begins if fixed else self.start.accumulate * self.data_parallel_size
-        if self.rule.needs_noise and begins * self.growth < begins + unit:
+        if self.estimated and begins * self.growth < begins + unit:
             raise MisconfigurationException(
                 f"growth={self.growth} cannot make a first change: the batch grows from {begins} in"
                 f" multiples of {unit}. Hint: a growth of at least {1 + unit / begins:g}"
@@ -98,7 +111,7 @@ class BatchController:
 
     def dwells(self, global_batch: int, samples_since_change: int) -> bool:
         """Whether it is too early for another change."""
-        if not self.rule.needs_noise:
+        if not self.estimated:
             return False
         wait = self.dwell_samples
         return samples_since_change < (_DWELL_STEPS * global_batch if wait is None else wait)
@@ -113,7 +126,7 @@ class BatchController:
                 f"{self.rule} proposed {proposal!r}; allowed is None, or a scaling.Proposal with a"
                 " target_batch above 0."
             )
-        estimated = self.rule.needs_noise
+        estimated = self.estimated
         target = next_global_batch(
             observation.global_batch,
             proposal.target_batch,
@@ -126,9 +139,9 @@ class BatchController:
 
     def split(self, global_batch: int) -> BatchSplit:
         """Micro-batch and accumulation for a global batch, rounded down to what can be made."""
-        found = self._split(global_batch)
+        found = self.made_of(global_batch)
         made = self.global_batch(found)
-        if made != global_batch and not self.rule.needs_noise and not self.warned:
+        if made != global_batch and not self.estimated and not self.warned:
             self.warned = True
             rank_zero_warn(
                 f"A global batch of {global_batch} cannot be made of {self.data_parallel_size}"
@@ -139,20 +152,31 @@ class BatchController:
 
     @property
     def _max_micro_batch(self) -> int:
-        return self.start.micro_batch if self.max_micro_batch is None else self.max_micro_batch
+        limit = self.start.micro_batch if self.max_micro_batch is None else self.max_micro_batch
+        return limit if self.ceiling is None else min(limit, self.ceiling)
 
-    def _split(self, global_batch: int) -> BatchSplit:
-        """Accumulation in multiples of the start; a schedule leaves them where that is exacter."""
-        if self.rule.needs_noise:
-            return self._multiple(global_batch, self.start.accumulate) or self.start
+    @property
+    def _keeps_micro_batch(self) -> bool:
+        return self.max_micro_batch is None and self._max_micro_batch == self.start.micro_batch
+
+    def made_of(self, global_batch: int) -> BatchSplit:
+        """The same without a warning.
+
+        Accumulation grows in multiples of the start; a schedule leaves them where that is exacter.
+        """
+        if self.estimated:
+            return self._multiple(global_batch, self.start.accumulate) or self._least()
         units = {1 if self.max_micro_batch is None else self.start.accumulate, 1}
         found = [self._multiple(global_batch, unit) for unit in sorted(units, reverse=True)]
-        return max((split for split in found if split), key=self.global_batch, default=self.start)
+        return max((split for split in found if split), key=self.global_batch, default=self._least())
+
+    def _least(self) -> BatchSplit:
+        return BatchSplit(min(self.start.micro_batch, self._max_micro_batch), self.start.accumulate)
 
     def _multiple(self, global_batch: int, unit: int) -> BatchSplit | None:
         micro_batch, ranks = self.start.micro_batch, self.data_parallel_size
         units = global_batch // (micro_batch * ranks * unit)
-        if self.max_micro_batch is None and units:
+        if self._keeps_micro_batch and units:
             return BatchSplit(micro_batch, units * unit)
         if global_batch < ranks * unit:
             return None

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ext import _lightning
-from lightning_ext.callbacks._batch_controller import BatchController
+from lightning_ext.callbacks._batch_controller import BatchController, Decision
 from lightning_ext.callbacks._batch_norm import warn_batch_norm
+from lightning_ext.callbacks._batch_warnings import warn_of_short_epochs, warn_of_waiting
+from lightning_ext.callbacks._following_rates import FollowingRates
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
+from lightning_ext.callbacks._observer import Observer
 from lightning_ext.data import AdaptiveBatchSampler
-from lightning_ext.optim import BatchScaling
 from lightning_ext.scaling import BatchSplit, Observation
+
+_log = logging.getLogger("lightning_ext")
 
 
 class RunningBatch:
@@ -22,8 +25,9 @@ class RunningBatch:
 
     Args:
         controller: The rule with its limits.
-        lr_rule: How hyper-parameters follow.
-        scale_weight_decay: Whether decoupled weight decay follows too.
+        rates: The hyper-parameters that follow.
+        progress: What a step counts for schedules and the end of the run: ``"samples"``, its
+            samples; ``"gain"``, by how many reference batches it helps; ``"steps"``, one.
         tokens_per_sample: For schedules in tokens.
         total_samples: For schedules in percent.
         reference_batch: The global batch that the hyper-parameters belong to.
@@ -32,21 +36,21 @@ class RunningBatch:
     def __init__(
         self,
         controller: BatchController,
+        rates: FollowingRates,
         *,
-        lr_rule: str,
-        scale_weight_decay: bool,
+        progress: str,
         tokens_per_sample: int | None,
         total_samples: int | None,
         reference_batch: int | None,
     ) -> None:
         self.controller = controller
-        self.lr_rule = lr_rule
-        self.scale_weight_decay = scale_weight_decay
+        self.rates = rates
+        self.observer = Observer(controller.rule.needs)
+        self.progress = progress
         self.tokens_per_sample = tokens_per_sample
         self.total_samples = total_samples
         self._given_reference = reference_batch
         self._sampler: AdaptiveBatchSampler | None = None
-        self._scaling: BatchScaling | None = None
         self._warned = False
         self.reset()
 
@@ -54,9 +58,13 @@ class RunningBatch:
         """Forgets everything that a run has brought."""
         self.reference_batch = self._given_reference
         self.samples_seen = 0
+        self.progress_samples = 0.0
         self.last_change = 0
+        self.last_decision: Decision | None = None
         self.position: dict[str, Any] | None = None  # in the data, as last known
         self._in_force: BatchSplit | None = None
+        self.rates.reset()
+        self.observer.reset()
 
     @property
     def running(self) -> bool:
@@ -113,42 +121,79 @@ class RunningBatch:
         self._warn_of_short_epochs()
         # An optimizer's state from a run without us belongs to the reference batch.
         ours = trainer.fit_loop.is_resuming and self.position is not None
-        self._scaling = BatchScaling(
+        self.rates.begin(
             trainer.optimizers[0],
-            self.lr_rule,
-            kappa=self.kappa if ours else 1.0,
-            scale_weight_decay=self.scale_weight_decay,
+            reference_batch=self.reference_batch or self.global_batch,
+            before=self.kappa if ours else 1.0,
+            kappa=self.kappa,
         )
-        self._scaling.set_kappa(self.kappa)
 
     def begin_epoch(self, trainer: Trainer) -> None:
         """Turns the sampler to the epoch that the Trainer begins."""
         self._sampler = _lightning.live_sampler(trainer)
         if self.sampler.consumed > 0:
             self.sampler.next_epoch()
+        self.observer.pause()
         self.apply_due(trainer, 0)
         _lightning.sync_lengths(trainer)
 
+    def counts(self, window_samples: int) -> float:
+        """What a step of so many samples counts for schedules and the end of the run."""
+        if self.progress == "samples":
+            return window_samples
+        reference = self.reference_batch or self.global_batch
+        part = window_samples / self.global_batch  # a cut window is a part of a step
+        return reference * part * (self.rates.gain if self.progress == "gain" else 1.0)
+
+    def add_loss(self, outputs: Any, samples: int) -> None:
+        """Notes the loss of one batch, where the rule reads it."""
+        self.observer.add_loss(outputs, samples, self.reference_batch or self.global_batch)
+
+    def end_step(self, trainer: Trainer, window_samples: int) -> None:
+        """Counts an optimizer step that took so many samples."""
+        self.samples_seen += window_samples
+        self.progress_samples += self.counts(window_samples)
+        whole = window_samples == self.global_batch
+        self.observer.end_step(trainer, self.in_force, whole=whole)
+
     def decide(self, trainer: Trainer, source: GradientNoiseScale | None) -> None:
-        """Asks the rule once the last change is done, and every rank takes the same number."""
+        """Asks the rule, and has every rank ask for the same sizes once the last are in force."""
+        self.rates.measure(source)
+        if not (self._may_change() or self.controller.damps_lr):
+            return
+        observation = self._observe(trainer, self.global_batch, source)
+        decision = observation and self.controller.decide(observation)
+        if not decision:
+            return
+        self.last_decision = decision
+        if self.controller.damps_lr:
+            largest = self.controller.max_global_batch
+            self.rates.damp(largest / decision.proposal.target_batch)
+        if self._may_change():
+            (target,) = _lightning.view(trainer).largest(decision.global_batch)
+            self._ask_for(trainer, self.controller.split(self._within_epoch(target)))
+
+    def _may_change(self) -> bool:
         asked = BatchSplit(self.sampler.batch_size, self.sampler.accumulate)
         since = self.samples_seen - self.last_change
-        if asked != self._in_force or self.controller.dwells(self.global_batch, since):
-            return
-        if self.controller.rule.needs_noise and not (source and source.measured):
+        return asked == self._in_force and not self.controller.dwells(self.global_batch, since)
+
+    def _ask_for(self, trainer: Trainer, split: BatchSplit) -> None:
+        if split == self._in_force:
             return
         view = _lightning.view(trainer)
-        decision = self.controller.decide(self._observe(self.global_batch, source))
-        (target,) = view.largest(decision.global_batch if decision else self.global_batch)
-        target = self._within_epoch(target)
-        split = self.controller.split(target)
-        if split != self._in_force:
-            start = view.set_micro_batch(split.micro_batch, accumulate=split.accumulate)
-            self._warn_of_waiting(start, split.accumulate)
+        start = view.set_micro_batch(split.micro_batch, accumulate=split.accumulate)
+        if start is None and not self.controller.estimated:  # what is estimated may wait
+            warn_of_waiting(self.global_batch, self.in_force.accumulate, split.accumulate)
+        _log.info(
+            "global batch %d → %d after %d samples: %s",
+            *(self.global_batch, self.controller.global_batch(split), self.samples_seen),
+            self.last_decision.proposal.reason if self.last_decision else "memory",
+        )
 
     def apply_due(self, trainer: Trainer, next_batch: int) -> None:
         """Changes accumulation and hyper-parameters where the next batch has new sizes."""
-        if next_batch >= _lightning.epoch_end(trainer) or self._scaling is None:
+        if next_batch >= _lightning.epoch_end(trainer):
             return
         split = _sizes(self.sampler, next_batch)
         if split == self._in_force:
@@ -159,7 +204,7 @@ class RunningBatch:
         self._in_force = split
         self._warn_of_short_epochs()
         self.last_change = self.samples_seen
-        self._scaling.set_kappa(self.kappa)
+        self.rates.set_kappa(self.kappa)
 
     def values(self) -> dict[str, float]:
         """What there is to log of the step that was just taken."""
@@ -169,8 +214,13 @@ class RunningBatch:
             "accumulate": float(self.in_force.accumulate),
             "samples_seen": float(self.samples_seen),
         }
-        if self._scaling is not None and self._scaling.last_lrs is not None:
-            values["lr_scaled"] = self._scaling.last_lrs[0]
+        if self.rates.last_lr is not None:
+            values["lr_scaled"] = self.rates.last_lr
+        if self.progress != "samples":
+            values["progress_samples"] = self.progress_samples
+        if self.last_decision is not None:
+            values["target_batch"] = float(self.last_decision.proposal.target_batch)
+            values["statistic"] = float(self.last_decision.proposal.statistic)
         if self.tokens_per_sample is not None:
             values["tokens_seen"] = float(self.samples_seen * self.tokens_per_sample)
         return values
@@ -178,10 +228,8 @@ class RunningBatch:
     def release(self, trainer: Trainer) -> None:
         """Gives the Trainer and the optimizer back as they were."""
         _lightning.uninstall_sampler(trainer)
-        if self._scaling is not None:
-            self._scaling.detach()
+        if self.rates.release():
             trainer.accumulate_grad_batches = self.controller.start.accumulate
-        self._scaling = None
 
     def end(self) -> None:
         """Notes the position for what may be saved later."""
@@ -194,6 +242,9 @@ class RunningBatch:
         return {
             "reference_batch": self.reference_batch,
             "samples_seen": self.samples_seen,
+            "progress_samples": self.progress_samples,
+            "rates": self.rates.state_dict(),
+            "observer": self.observer.state_dict(),
             "last_change": self.last_change,
             "in_force": None if self._in_force is None else list(self._in_force),
             "sampler": self._sampler.state_dict() if self._sampler else self.position,
@@ -203,31 +254,17 @@ class RunningBatch:
         """Takes sizes and counts; the position waits for the loader."""
         self.reference_batch = state["reference_batch"]
         self.samples_seen = state["samples_seen"]
+        self.progress_samples = state["progress_samples"]
+        self.rates.load_state_dict(state["rates"])
+        self.observer.load_state_dict(state["observer"])
         self.last_change = state["last_change"]
         sizes = state["in_force"]
         self._in_force = None if sizes is None else BatchSplit(*sizes)
         self.position = state["sampler"]
 
-    def _warn_of_waiting(self, start: int | None, accumulate: int) -> None:
-        if start is not None or self.controller.rule.needs_noise:
-            return  # what is estimated may wait
-        common = math.lcm(self.in_force.accumulate, accumulate)
-        if common > max(self.in_force.accumulate, accumulate):
-            rank_zero_warn(
-                f"The batch of {self.global_batch} changes with the next epoch only: from"
-                f" accumulation {self.in_force.accumulate} to {accumulate} it takes a batch that is"
-                f" a multiple of {common}. Hint: sizes of which one divides the other."
-            )
-
     def _warn_of_short_epochs(self) -> None:
         samples = self.sampler.plan.num_samples
-        if self.global_batch > samples and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                f"The global batch of {self.global_batch} is more than the {samples} samples of an"
-                f" epoch: each step takes {samples}, with hyper-parameters for {self.global_batch}."
-                " Hint: a smaller max_global_batch, or a longer epoch."
-            )
+        self._warned = self._warned or warn_of_short_epochs(self.global_batch, samples)
 
     def _within_epoch(self, global_batch: int, sampler: AdaptiveBatchSampler | None = None) -> int:
         """Keeps one step from taking, under ``drop_last``, more than there is."""
@@ -237,22 +274,29 @@ class RunningBatch:
     def _first_sizes(
         self, trainer: Trainer, sampler: AdaptiveBatchSampler, start: BatchSplit
     ) -> BatchSplit:
-        if self.controller.rule.needs_noise:
+        observed = self._observe(trainer, self.controller.global_batch(start), None)
+        if self.controller.estimated or observed is None:
             return self._in_force or start
-        observed = self._observe(self.controller.global_batch(start), None)
-        decision = self.controller.decide(observed)
+        decision = self.last_decision = self.controller.decide(observed)
         target = decision.global_batch if decision else self.controller.global_batch(start)
         (target,) = _lightning.view(trainer).largest(target)
         return self.controller.split(self._within_epoch(target, sampler))
 
-    def _observe(self, global_batch: int, source: GradientNoiseScale | None) -> Observation:
+    def _observe(
+        self, trainer: Trainer, global_batch: int, source: GradientNoiseScale | None
+    ) -> Observation | None:
+        fields = self.observer.observe(trainer, source, self.controller.made_of)
+        if fields is None:
+            return None
         per_sample = self.tokens_per_sample
         return Observation(
             global_batch=global_batch,
             samples_seen=self.samples_seen,
-            noise=source.estimate() if source and self.controller.rule.needs_noise else None,
             tokens_seen=None if per_sample is None else self.samples_seen * per_sample,
             total_samples=self.total_samples,
+            reference_batch=self.reference_batch,
+            max_global_batch=self.controller.max_global_batch,
+            **fields,
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lightning_ext.scaling._batch_rule import BatchRule, Observation, Proposal
 from lightning_ext.scaling._noise import NoiseScale
@@ -37,16 +38,13 @@ class NoiseScaleRule:
         512.0
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"noise"})
+
     factor: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the factor."""
         require_positive("factor", self.factor)
-
-    @property
-    def needs_noise(self) -> bool:
-        """True: the rule reads ``Observation.noise``."""
-        return True
 
     def propose(self, observation: Observation) -> Proposal | None:
         """Return ``factor`` times the noise scale, or ``None`` before it is known."""
@@ -75,17 +73,14 @@ class NormTest:
         2048.0
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"noise"})
+
     eta: float = 0.5
     plug_in: bool = False
 
     def __post_init__(self) -> None:
         """Check η."""
         require_positive("eta", self.eta)
-
-    @property
-    def needs_noise(self) -> bool:
-        """True: the rule reads ``Observation.noise``."""
-        return True
 
     def propose(self, observation: Observation) -> Proposal | None:
         """Return the least batch that passes the test, or ``None`` before it is known.
@@ -124,7 +119,7 @@ def parse_rule(rule: str | BatchRule) -> BatchRule:
         return _parse_name(rule)
     if isinstance(rule, type) or not isinstance(rule, BatchRule):
         raise TypeError(
-            f"a rule must be {_CHOICES}, or an object with needs_noise and propose(observation), "
+            f"a rule must be {_CHOICES}, or an object with needs and propose(observation), "
             f"got {rule!r}; pass an instance, not a class"
         )
     return rule

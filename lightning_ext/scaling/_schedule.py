@@ -11,6 +11,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
+from typing import ClassVar
 
 from lightning_ext.scaling._batch_rule import Observation, Proposal
 from lightning_ext.scaling._validate import require_count, require_non_negative, require_number
@@ -41,6 +42,8 @@ class BatchSizeSchedule:
         >>> BatchSizeSchedule.parse("0:256 1M:512").at(samples=1_500_000)
         512
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     starts: tuple[float, ...]
     global_batches: tuple[int, ...]
@@ -111,11 +114,6 @@ class BatchSizeSchedule:
         (name,) = units
         starts = tuple(_plain(start, name) for start, _, _ in entries)
         return cls(starts, tuple(batch for _, _, batch in entries), name)
-
-    @property
-    def needs_noise(self) -> bool:
-        """False: the schedule reads only the position."""
-        return False
 
     @property
     def max_global_batch(self) -> int:

@@ -156,7 +156,7 @@ def test_a_generator_of_the_loader_alone_goes_on(tmp_path: Path) -> None:
 class ByRank:
     """A rule on which the ranks disagree."""
 
-    needs_noise = False
+    needs: frozenset[str] = frozenset()
 
     def propose(self, observation: Observation) -> Proposal:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -317,7 +317,7 @@ def test_an_optimizer_is_needed() -> None:
 
 def test_a_rule_must_propose_a_batch() -> None:
     class Wrong:
-        needs_noise = False
+        needs: frozenset[str] = frozenset()
 
         def propose(self, observation: Observation) -> Any:
             return 64

@@ -105,7 +105,7 @@ def test_no_opinion_is_no_decision() -> None:
 
 def test_a_rule_may_be_any_object_with_the_two_members() -> None:
     class Always:
-        needs_noise = True
+        needs = frozenset({"noise"})
 
         def propose(self, observation: Observation) -> Any:
             return NoiseScaleRule(factor=2.0).propose(observation)

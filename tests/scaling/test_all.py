@@ -16,6 +16,7 @@ from lightning_ext.scaling import (
     BatchSizeSchedule,
     BatchSplit,
     Hyperparameters,
+    InnerProducts,
     NoiseScale,
     NoiseScaleRule,
     NormTest,
@@ -238,12 +239,13 @@ RECORDS = {
     "BatchEfficiency": BatchEfficiency(2.0, 2.0),
     "BatchSplit": BatchSplit(32, 4),
     "Hyperparameters": ADAMW,
+    "InnerProducts": InnerProducts(32.0, 4.0, 16.0, 64.0),
     "NoiseScale": NOISE,
     "Observation": SEEN,
     "Proposal": Proposal(512.0, 512.0, "noise scale"),
 }
 PROTOCOLS = {"BatchRule"}
-NAMES = {"HYPERPARAMETER_RULES"}
+NAMES = {"ESTIMATED_FIELDS", "HYPERPARAMETER_RULES"}
 
 functions = pytest.mark.parametrize(
     "name", [name for name in scaling.__all__ if name not in RECORDS.keys() | PROTOCOLS | NAMES]

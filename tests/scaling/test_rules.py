@@ -34,7 +34,7 @@ def _target(rule, observation: Observation) -> float:
 
 @pytest.mark.parametrize("rule", NOISY_RULES, ids=repr)
 def test_there_is_no_opinion_before_the_first_measurement(rule) -> None:
-    assert rule.needs_noise
+    assert rule.needs == {"noise"}
     assert rule.propose(replace(SEEN, noise=None)) is None
 
 
@@ -118,7 +118,7 @@ def test_what_is_not_a_rule_is_refused(wrong) -> None:
 
 def test_anything_with_the_two_members_is_a_rule() -> None:
     class Constant:
-        needs_noise = False
+        needs = frozenset()
 
         def propose(self, observation: Observation) -> None:
             return None

@@ -180,5 +180,5 @@ def test_as_a_rule_it_names_the_quantity_that_is_not_observed() -> None:
         parse("0:64 1tok:128").propose(Observation(64, 10))
 
 
-def test_it_does_not_need_the_noise_scale() -> None:
-    assert not parse("0:64").needs_noise
+def test_it_needs_no_measurement() -> None:
+    assert parse("0:64").needs == frozenset()

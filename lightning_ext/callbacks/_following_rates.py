@@ -1,0 +1,107 @@
+"""Learning rate and its kin of a fit: how they follow the batch and the measured noise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
+from lightning_ext.optim import BatchScaling
+from lightning_ext.scaling import NoiseScale
+from lightning_ext.scaling._rules import _supported as supported_noise_scale
+
+NOISE_RULES = ("adascale", "noise_limited", "surge")
+
+
+class FollowingRates:
+    """Hyper-parameters of one optimizer, from the start of a fit to its end.
+
+    Args:
+        rule: How they follow the batch.
+        scale_weight_decay: Whether decoupled weight decay follows too.
+        clamp: Whether the learning rate stops growing where the batch passes the noise scale.
+    """
+
+    def __init__(self, rule: str, *, scale_weight_decay: bool, clamp: bool) -> None:
+        self.rule = rule
+        self.scale_weight_decay = scale_weight_decay
+        self.clamp = clamp
+        self._scaling: BatchScaling | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what a run has brought."""
+        self._noise: float | None = None
+        self._factor = 1.0
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether the rule cannot do without a measured noise scale."""
+        return self.rule in NOISE_RULES
+
+    @property
+    def last_lr(self) -> float | None:
+        """The learning rate of the first group at the last step."""
+        lrs = None if self._scaling is None else self._scaling.last_lrs
+        return lrs[0] if lrs else None
+
+    @property
+    def gain(self) -> float:
+        """By how many steps at the reference batch one step counts."""
+        return 1.0 if self._scaling is None else self._scaling.kappa
+
+    def begin(
+        self, optimizer: Optimizer, *, reference_batch: int, before: float, kappa: float
+    ) -> None:
+        """Takes hold of an optimizer whose state belongs to ``before`` times the reference."""
+        self._scaling = BatchScaling(
+            optimizer,
+            self.rule,
+            kappa=before,
+            scale_weight_decay=self.scale_weight_decay,
+        )
+        self.set_kappa(kappa)
+
+    def set_kappa(self, kappa: float) -> None:
+        """Goes to another batch."""
+        if self._scaling is not None:
+            self._scaling.set_kappa(kappa)
+
+    def measure(self, source: GradientNoiseScale | None) -> None:
+        """Follows a new measurement of the noise scale."""
+        if self._scaling is None or source is None or not source.measured:
+            return
+        if self.needs_noise or (self.clamp and self._scaling.kappa > 1):
+            self._noise = self._usable(source.estimate())
+            self.set_kappa(self._scaling.kappa)
+
+    def damp(self, factor: float) -> None:
+        """Has the learning rate give what the batch could not: at most 1."""
+        self._factor = min(1.0, factor)
+        if self._scaling is not None:
+            pass
+
+    def release(self) -> bool:
+        """Leaves the optimizer as it was; whether there was one."""
+        if self._scaling is None:
+            return False
+        self._scaling.detach()
+        self._scaling = None
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The noise scale that the rates belong to, and the damping."""
+        return {"noise": self._noise, "factor": self._factor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with them."""
+        self._noise, self._factor = state["noise"], state["factor"]
+
+    def _usable(self, noise: NoiseScale) -> float | None:
+        """The noise scale for a rule; for clamping its upper limit, to clamp only what is sure."""
+        if self.needs_noise:
+            found = supported_noise_scale(noise)
+            return self._noise if found is None else found
+        return noise.high if 0 < noise.high < math.inf else None

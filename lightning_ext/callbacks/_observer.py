@@ -1,0 +1,149 @@
+"""Collects, step by step, what a rule for the batch may read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_ext import _lightning
+from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
+from lightning_ext.scaling import BatchSplit
+
+_MEMORY_BATCHES = 50  # of the running mean of the loss, in reference batches
+_UNSTEADY_STEPS = 2  # at a new size: allocation, caches
+
+
+class Observer:
+    """Loss, schedule and time, kept only where the rule needs them.
+
+    Args:
+        needs: Names of the fields of :class:`~lightning_ext.scaling.Observation` to fill.
+    """
+
+    def __init__(self, needs: frozenset[str]) -> None:
+        self.needs = needs
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets a run."""
+        self._loss: Tensor | float = 0.0  # sum of losses, weighted by age; on the device
+        self._weight: Tensor | float = 0.0
+        self._first_loss: float | None = None
+        self._first_grad_sq_norm: float | None = None
+        self._largest_lr = 0.0
+        self._times: dict[tuple[int, int], tuple[int, float]] = {}  # steps and mean seconds
+        self.pause()
+
+    def pause(self) -> None:
+        """Says that what follows is not training alone, so that its time does not count."""
+        self._ended: float | None = None
+
+    def add_loss(self, outputs: Any, samples: int, reference_batch: int) -> None:
+        """Adds the mean loss of one batch of this rank."""
+        if "loss" not in self.needs or not samples:
+            return
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            kept = (1 - 1 / _MEMORY_BATCHES) ** (samples / reference_batch)
+            value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+            finite = torch.isfinite(value)
+            self._loss = self._loss * kept + torch.where(finite, value, 0.0) * samples
+            self._weight = self._weight * kept + finite * samples
+
+    def end_step(self, trainer: Trainer, sizes: BatchSplit, *, whole: bool) -> None:
+        """Notes the time of an optimizer step, and the learning rate that it was scheduled."""
+        if "lr_decay" in self.needs:
+            self._largest_lr = max(self._largest_lr, _scheduled_lr(trainer))
+        if "step_seconds" in self.needs:
+            self._note_time(sizes, whole=whole)
+
+    def observe(
+        self,
+        trainer: Trainer,
+        source: GradientNoiseScale | None,
+        split: Callable[[int], BatchSplit],
+    ) -> dict[str, Any] | None:
+        """The fields that the rule needs, ``None`` while one of them is unknown.
+
+        Args:
+            trainer: The Trainer between two steps.
+            source: What measures gradients.
+            split: Micro-batch and accumulation that a global batch would have.
+        """
+        readers: dict[str, Callable[[], Any]] = {
+            "noise": lambda: source.estimate() if source and source.measured else None,
+            "inner_products": lambda: source.inner_products() if source else None,
+            "coordinates": lambda: source.coordinates() if source else None,
+            "loss": lambda: self._mean_loss(trainer),
+            "lr_decay": lambda: _ratio(_scheduled_lr(trainer), self._largest_lr),
+            "step_seconds": lambda: self._predictor(split),
+        }
+        found = {name: read() for name, read in readers.items() if name in self.needs}
+        if any(value is None for value in found.values()):
+            return None
+        return found | self._firsts(found)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {
+            "loss": float(self._loss),
+            "weight": float(self._weight),
+            "first_loss": self._first_loss,
+            "first_grad_sq_norm": self._first_grad_sq_norm,
+            "largest_lr": self._largest_lr,
+            "times": [[*sizes, *known] for sizes, known in self._times.items()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from them."""
+        self._loss, self._weight = state["loss"], state["weight"]
+        self._first_loss = state["first_loss"]
+        self._first_grad_sq_norm = state["first_grad_sq_norm"]
+        self._largest_lr = state["largest_lr"]
+        self._times = {(m, k): (n, s) for m, k, n, s in state["times"]}
+
+    def _mean_loss(self, trainer: Trainer) -> float | None:
+        device = trainer.strategy.root_device
+        own = torch.tensor([float(self._loss), float(self._weight)], device=device)
+        total, weight = _lightning.view(trainer).gather(own).sum(0).tolist()
+        return total / weight if weight > 0 else None
+
+    def _firsts(self, found: dict[str, Any]) -> dict[str, float | None]:
+        if self._first_loss is None:
+            self._first_loss = found.get("loss")
+        if self._first_grad_sq_norm is None and "noise" in found:
+            self._first_grad_sq_norm = found["noise"].grad_sq_norm
+        return {"first_loss": self._first_loss, "first_grad_sq_norm": self._first_grad_sq_norm}
+
+    def _note_time(self, sizes: BatchSplit, *, whole: bool) -> None:
+        now, before = time.perf_counter(), self._ended
+        self._ended = now
+        if before is None or not whole:
+            return
+        steps, mean = self._times.get(sizes, (-_UNSTEADY_STEPS, 0.0))
+        steps += 1
+        if steps > 0:
+            mean += (now - before - mean) / steps
+        self._times[sizes] = (steps, mean)
+
+    def _predictor(self, split: Callable[[int], BatchSplit]) -> Callable[[int], float] | None:
+        rows = [(*sizes, mean, steps) for sizes, (steps, mean) in self._times.items() if steps > 0]
+        if not rows:
+            return None
+        from lightning_ext.scaling import StepTime
+
+        times = StepTime.fit(rows)
+        return lambda global_batch: times.seconds(*split(global_batch))
+
+
+def _scheduled_lr(trainer: Trainer) -> float:
+    return float(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def _ratio(lr: float, largest: float) -> float | None:
+    return lr / largest if lr > 0 and largest > 0 else None
