@@ -2,12 +2,13 @@
 
 Source: linear, Goyal et al. 2017 (arXiv:1706.02677, section 2.1); sqrt, Krizhevsky 2014
     (arXiv:1404.5997); sde, Malladi et al. 2022 (arXiv:2205.10287, the square root scaling rules
-    for RMSprop and Adam).
+    for RMSprop and Adam); constant, Smith et al. 2018 (arXiv:1711.00489); the others in
+    ``_lr_factors``.
 Differs: the sde rule uses β^κ where the paper writes its first order 1 − κ(1 − β), which turns
     negative for κ > 1/(1 − β) and does not compose. ``linear_samples`` is the linear rule for a
     momentum that keeps its memory in samples: μ^κ, with the sum of a gradient's effects,
-    lr/(1 − μ), grown by κ. Weight decay follows one principle under every rule: lr·λ per sample
-    stays the same.
+    lr/(1 − μ), grown by κ. Weight decay follows one principle under every rule but ``constant``:
+    lr·λ per sample stays the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from lightning_ext.scaling._lr_factors import Inputs, check_inputs, geometric_sum, lr_factor
 from lightning_ext.scaling._validate import (
     Quantity,
     require_fraction,
@@ -22,7 +24,18 @@ from lightning_ext.scaling._validate import (
     require_positive,
 )
 
-HYPERPARAMETER_RULES = ("none", "linear", "linear_samples", "sqrt", "sde")
+HYPERPARAMETER_RULES = (
+    "none",
+    "linear",
+    "linear_samples",
+    "sqrt",
+    "sde",
+    "legw",
+    "adascale",
+    "noise_limited",
+    "surge",
+    "constant",
+)
 
 
 class Hyperparameters(NamedTuple):
@@ -51,33 +64,49 @@ def scale_hyperparameters(
 ) -> Hyperparameters:
     """Scale the hyper-parameters of the reference batch to a batch κ times as large.
 
-    ==================  =======================  ===============  ============  ========
-    rule                lr                       decay rates      eps           λ
-    ==================  =======================  ===============  ============  ========
-    ``none``            lr                       as given         as given      λ·κ
-    ``linear``          lr·κ                     as given         as given      λ
-    ``linear_samples``  lr·κ·(1−μ^κ)/(1−μ)       μ^κ              as given      λ·(1−μ)/(1−μ^κ)
-    ``sqrt``            lr·√κ                    as given         as given      λ·√κ
-    ``sde``             lr·√κ                    β^κ              eps/√κ        λ·√κ
-    ==================  =======================  ===============  ============  ========
+    ==================  =======================  ===========  ========  =====================
+    rule                lr                       decay rates  eps       λ
+    ==================  =======================  ===========  ========  =====================
+    ``none``            lr                       as given     as given  λ·κ
+    ``constant``        lr                       as given     as given  λ
+    ``linear``          lr·κ                     as given     as given  λ
+    ``linear_samples``  lr·κ·(1−μ^κ)/(1−μ)       μ^κ          as given  λ·(1−μ)/(1−μ^κ)
+    ``sqrt``, ``legw``  lr·√κ                    as given     as given  λ·√κ
+    ``sde``             lr·√κ                    β^κ          eps/√κ    λ·√κ
+    ``adascale``        lr·r; with betas lr·√r   as given     as given  λ·κ/r; λ·κ/√r
+    ``noise_limited``   lr·r                     as given     as given  λ·κ/r
+    ``surge``           lr·r/√κ                  β^κ          eps/√κ    λ·κ^1.5/r
+    ==================  =======================  ===========  ========  =====================
 
-    The last column is lr'·λ' = κ·lr·λ: the weights decay by the same amount per sample.
+    The last column is lr'·λ' = κ·lr·λ: the weights decay by the same amount per sample. Under
+    ``constant`` a growing batch stands for a decaying learning rate, and as under that, the decay
+    goes down with it. r is :func:`adascale_gain`. Where r → κ, far below the noise scale, ``surge``
+    is the ``sde`` rule, hence its betas and eps; lr·r/√κ peaks where the batch is the noise scale.
+
+    With ``saturation`` the learning rate stops growing at that batch: its factor is the one at
+    κ_s = min(κ, max(saturation/reference_batch, 1)). Betas, eps and momentum follow κ, so that
+    memory in samples stays, and λ makes up for the rest of κ. Under ``linear_samples`` it is
+    lr/(1 − μ), the sum of a gradient's effects, that stops: lr' = lr·κ_s·(1−μ^κ)/(1−μ). Two changes
+    are one change where nothing saturates; beyond, always scale the values of the reference batch.
 
     Args:
         kappa: ``global_batch / reference_batch``; finite and above 0.
         rule: one of the rules of the table.
         lr: learning rate at the reference batch; at least 0.
         betas: decay rates of Adam-like averages, any number of them, each in [0, 1]. RMSprop's
-            alpha goes in as ``(alpha,)``.
+            alpha goes in as ``(alpha,)``. Under ``adascale`` they tell Adam's kind from SGD's.
         momentum: μ of a buffer ``b ← μ·b + g`` that the learning rate multiplies afterwards, as
             in torch's SGD; in [0, 1].
         eps: term added to the root of the second moment; at least 0.
         weight_decay: λ of a decoupled decay, where the optimizer subtracts lr·λ·w. Do not pass
             coupled L2 (a term λ·w in the gradient): it is part of the gradient and scales with it.
-        reference_batch: not used by these rules.
-        noise_scale: not used by these rules.
-        gain: not used by these rules.
-        saturation: not used by these rules.
+        reference_batch: the global batch in samples that the values belong to; above 0. Goes with
+            ``noise_scale`` and with ``saturation``.
+        noise_scale: B_noise in samples, for ``adascale``, ``noise_limited`` and ``surge``; at least
+            0. Infinity is for what is not yet measured: r = κ.
+        gain: r for ``adascale`` if it is known, in place of ``noise_scale``; between 1 and κ.
+        saturation: the global batch in samples where the learning rate stops growing, for
+            ``linear``, ``linear_samples``, ``sqrt``, ``sde`` and ``legw``; at least 0.
 
     Returns:
         The scaled values; fields that were ``None`` stay ``None``, and κ = 1 returns the inputs.
@@ -91,16 +120,12 @@ def scale_hyperparameters(
         >>> scale_hyperparameters(4.0, rule="sde", lr=1e-3, eps=1e-8).lr
         0.002
     """
-    later = {
-        "reference_batch": reference_batch,
-        "noise_scale": noise_scale,
-        "gain": gain,
-        "saturation": saturation,
-    }
+    inputs = Inputs(reference_batch, noise_scale, gain, saturation)
     rates = None if betas is None else tuple(betas)
     given = Hyperparameters(lr, rates, momentum, eps, weight_decay)
-    _check(kappa, rule, given, later)
-    return given if kappa == 1 else _scaled(kappa, rule, given)
+    _check(kappa, rule, given)
+    check_inputs(kappa, rule, inputs)
+    return given if kappa == 1 else _scaled(kappa, rule, given, inputs)
 
 
 def momentum_buffer_scale(momentum: float, kappa: float) -> float:
@@ -109,7 +134,8 @@ def momentum_buffer_scale(momentum: float, kappa: float) -> float:
         (1 − μ) / (1 − μ^κ)
 
     Under ``linear_samples`` the buffer, a sum of gradients weighted μ^t, becomes one weighted
-    (μ^κ)^t. Scaled by this, lr × buffer per sample goes on where it was.
+    (μ^κ)^t. Scaled by this, it holds the same mean gradient as before, and lr × buffer per sample
+    goes on where it was, or as much below as a saturation holds the learning rate back.
 
     Args:
         momentum: μ in [0, 1).
@@ -128,7 +154,7 @@ def momentum_buffer_scale(momentum: float, kappa: float) -> float:
     """
     require_fraction("momentum", momentum)
     require_positive("kappa", kappa)
-    return 1 / _geometric_sum(momentum, kappa)
+    return 1 / geometric_sum(momentum, kappa)
 
 
 def scale_step_count(step: Quantity, kappa: float) -> Quantity:
@@ -157,40 +183,20 @@ def scale_step_count(step: Quantity, kappa: float) -> Quantity:
     return scaled
 
 
-def _scaled(kappa: float, rule: str, given: Hyperparameters) -> Hyperparameters:
+def _scaled(kappa: float, rule: str, given: Hyperparameters, inputs: Inputs) -> Hyperparameters:
     lr, betas, momentum, eps, weight_decay = given
-    factor = _lr_factor(kappa, rule, momentum)
-    if rule == "sde":
+    factor = lr_factor(kappa, rule, inputs, momentum=momentum, adaptive=bool(betas))
+    if rule in ("sde", "surge"):
         betas = None if betas is None else tuple(beta**kappa for beta in betas)
         eps = None if eps is None else eps / math.sqrt(kappa)
     if rule == "linear_samples" and momentum is not None:
         momentum = momentum**kappa
-    if weight_decay is not None:
+    if weight_decay is not None and rule != "constant":
         weight_decay = weight_decay * (kappa / factor)
     return Hyperparameters(lr * factor, betas, momentum, eps, weight_decay)
 
 
-def _lr_factor(kappa: float, rule: str, momentum: float | None) -> float:
-    if rule == "none":
-        return 1.0
-    if rule == "linear":
-        return kappa
-    if rule == "linear_samples" and momentum is not None:
-        return kappa * _geometric_sum(momentum, kappa)
-    return math.sqrt(kappa)
-
-
-def _geometric_sum(momentum: float, kappa: float) -> float:
-    """Return (1 − μ^κ)/(1 − μ), which is 1 at μ = 0 and tends to κ as μ → 1."""
-    if momentum == 0:
-        return 1.0
-    if momentum == 1:
-        return kappa
-    # expm1 and log keep the digits that 1 − μ**κ loses next to μ = 1.
-    return -math.expm1(kappa * math.log1p(momentum - 1)) / (1 - momentum)
-
-
-def _check(kappa: float, rule: str, given: Hyperparameters, later: dict[str, float | None]) -> None:
+def _check(kappa: float, rule: str, given: Hyperparameters) -> None:
     require_positive("kappa", kappa)
     if rule not in HYPERPARAMETER_RULES:
         raise ValueError(
@@ -204,11 +210,6 @@ def _check(kappa: float, rule: str, given: Hyperparameters, later: dict[str, flo
     for name, value in (("eps", given.eps), ("weight_decay", given.weight_decay)):
         if value is not None:
             require_non_negative(name, value)
-    unused = [name for name, value in later.items() if value is not None]
-    if unused:
-        raise ValueError(
-            f"rule={rule!r} does not use {', '.join(unused)}; leave out what the rule does not use"
-        )
     if rule == "linear_samples" and given.momentum is None:
         raise ValueError(
             "rule='linear_samples' needs momentum=, the μ that becomes μ^κ; without momentum use "

@@ -137,13 +137,20 @@ def noise_scale(
         raise ValueError(
             f"history has shape {rows.shape}; give rows (grad_sq_norm, grad_trace, samples)"
         )
-    weights = smoothing ** np.arange(len(rows) - 1, -1, -1.0)
-    weights /= weights.sum()
+    weights = age_weights(len(rows), smoothing)
     points = rows[:, :2]
     sq_norm, trace = (float(x) for x in weights @ points)
     low, high = _interval(points, weights, confidence)
     value = _ratio(trace, sq_norm)
     return NoiseScale(value, low, high, sq_norm, trace, round(float(np.nansum(rows[:, 2]))))
+
+
+def age_weights(count: int, smoothing: float) -> Array:
+    """Return weights smoothing^age of as many measurements, oldest first, that add up to 1."""
+    import numpy as np
+
+    weights: Array = smoothing ** np.arange(count - 1, -1, -1.0)
+    return weights / weights.sum()
 
 
 def batch_efficiency(global_batch: float, noise_scale: float) -> BatchEfficiency:

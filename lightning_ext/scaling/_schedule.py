@@ -1,7 +1,8 @@
 """Batch-size schedules written as one line of text.
 
-Source: the "start:batch start:batch" form of Megatron-LM's step schedule.
-Differs: starts count samples unless they say otherwise; percent of the run is a third unit.
+Source: the "start:batch start:batch" form of Megatron-LM's step schedule, and its linear ramp.
+Differs: starts count samples unless they say otherwise; percent of the run is a third unit. A
+    ramp's steps begin at whole samples, the first at or past the even division.
 """
 
 from __future__ import annotations
@@ -114,6 +115,41 @@ class BatchSizeSchedule:
         (name,) = units
         starts = tuple(_plain(start, name) for start, _, _ in entries)
         return cls(starts, tuple(batch for _, _, batch in entries), name)
+
+    @classmethod
+    def ramp(cls, start: int, increment: int, samples: int, end: int) -> BatchSizeSchedule:
+        """Grow in equal steps: Megatron's ``--rampup-batch-size start increment samples``.
+
+            start + k · increment  from sample  ⌈k · samples/n⌉  on,   n = (end − start)/increment
+
+        Args:
+            start: the batch to begin with.
+            increment: what each step adds; divides ``end − start``.
+            samples: where the last step ends the ramp; at least n.
+            end: the batch from there on, Megatron's ``--global-batch-size``; above ``start``.
+
+        Returns:
+            The schedule, in samples.
+
+        Raises:
+            TypeError: if a value is not an integer.
+            ValueError: if a value is below 1, or they do not fit together.
+
+        Example:
+            >>> str(BatchSizeSchedule.ramp(16, 8, 300, end=40))
+            '0:16 100:24 200:32 300:40'
+        """
+        given = {"start": start, "increment": increment, "samples": samples, "end": end}
+        for name, value in given.items():
+            require_count(name, value)
+        steps, rest = divmod(end - start, increment)
+        if steps < 1 or rest or samples < steps:
+            raise ValueError(
+                f"{given} is no ramp: end must be above start by a multiple of increment, "
+                "and each step takes at least a sample"
+            )
+        starts = tuple(-(-k * samples // steps) for k in range(steps + 1))
+        return cls(starts, tuple(range(start, end + 1, increment)))
 
     @property
     def max_global_batch(self) -> int:

@@ -5,48 +5,107 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
+from typing import Any
 
 import pytest
 
 from lightning_ext import scaling
 from lightning_ext.scaling import (
+    COORDINATE_FRACTIONS,
+    HYPERPARAMETER_RULES,
+    NOISE_RULES,
+    AdaDamp,
+    AugmentedTest,
     BatchEfficiency,
     BatchRule,
     BatchSizeSchedule,
     BatchSplit,
+    CoordinateTest,
+    CriticalBatchLaw,
+    DiversityRule,
+    FactorTable,
+    GeoDamp,
+    GoodputRule,
+    GSNRRule,
     Hyperparameters,
     InnerProducts,
+    InnerProductTest,
+    MemoryModel,
     NoiseScale,
     NoiseScaleRule,
     NormTest,
     Observation,
+    OptimalBatchRule,
+    PadaDamp,
     Proposal,
+    RadaDamp,
+    Seesaw,
+    SimilarityRule,
+    StepTime,
+    adascale_gain,
     batch_efficiency,
+    cosine_factor,
     decay_to_half_life,
     ema_decay,
     ema_warmup,
     half_life_to_decay,
+    inner_product_variance,
+    legw_warmup,
+    linear_factor,
     loss_weight,
+    mean_inner_products,
     momentum_buffer_scale,
     next_global_batch,
     noise_scale,
     noise_statistics,
+    one_cycle_factor,
+    one_cycle_momentum,
     parse_rule,
+    power_lr,
+    refined_factors,
+    regime_adaptation,
     scale_hyperparameters,
     scale_step_count,
     split_global_batch,
+    supported_noise_scale,
+    warmup_factor,
+    wsd_factor,
 )
 
-RULES = ["none", "linear", "linear_samples", "sqrt", "sde"]
+POSITION = "it is a function of the position, not of a ratio"
+TABLE = FactorTable((0, 40, 100), (0.5, 1.0, 0.0))
 ADAMW = Hyperparameters(1e-3, (0.9, 0.999), 0.9, 1e-8, 0.1)
 NOISE = NoiseScale(512.0, 400.0, 700.0, 2.0, 1024.0, 6400)
 SEEN = Observation(64, 6400, NOISE, total_samples=100_000)
+# At the noise scale, with the loss and the gradient of the beginning: most rules stay.
+STEADY = Observation(
+    global_batch=512,
+    samples_seen=0,
+    noise=NOISE,
+    reference_batch=512,
+    inner_products=InnerProducts(512.0, 1.0, 1.0, 1024.0),
+    coordinates={0.5: 512.0, 1.0: 512.0},
+    loss=2.0,
+    first_loss=2.0,
+    first_grad_sq_norm=2.0,
+    lr_decay=1.0,
+    step_seconds=float,
+    max_global_batch=512,
+)
 MEGATRON = BatchSizeSchedule.parse("0:768 250B:1536 500B:3072", unit="tok")
 
 
-def _scaled(given: Hyperparameters, kappa: float, rule: str) -> Hyperparameters:
-    return scale_hyperparameters(kappa, rule=rule, **given._asdict())
+def _wsd(samples: float, **kwargs: Any) -> float:
+    return wsd_factor(samples, total_samples=100, warmup_samples=20, decay_samples=20, **kwargs)
+
+
+def _scaled(
+    given: Hyperparameters, kappa: float, rule: str, reference_batch: float = 32.0
+) -> Hyperparameters:
+    noise = {"noise_scale": 512.0, "reference_batch": reference_batch}
+    inputs = noise if rule in NOISE_RULES else {}
+    return scale_hyperparameters(kappa, rule=rule, **given._asdict(), **inputs)
 
 
 def _numbers(values: Hyperparameters) -> list[float]:
@@ -56,9 +115,9 @@ def _numbers(values: Hyperparameters) -> list[float]:
 
 def _rules_compose() -> bool:
     return all(
-        _numbers(_scaled(_scaled(ADAMW, a, rule), b, rule))
+        _numbers(_scaled(_scaled(ADAMW, a, rule), b, rule, 32 * a))
         == pytest.approx(_numbers(_scaled(ADAMW, a * b, rule)), rel=1e-12)
-        for rule in RULES
+        for rule in HYPERPARAMETER_RULES
         for a, b in [(2, 4), (8, 0.25), (0.1, 3.7)]
     )
 
@@ -70,12 +129,15 @@ def _published_rules() -> bool:
     root = scale_hyperparameters(1024 / 64, rule="sqrt", lr=0.01)
     # Malladi et al. 2022: lr·√κ, 1 − κ(1 − β), ε/√κ, to first order in 1 − β.
     sde = scale_hyperparameters(16, rule="sde", lr=1e-3, betas=(0.999, 0.9999), eps=1e-8)
+    # Li et al. 2024: half the sum of two roots at B_noise/16 is 17/8, at the peak B_noise 1.
+    peak = scale_hyperparameters(16, rule="surge", lr=1e-3, noise_scale=512, reference_batch=32)
     return (
         linear[:3] == (pytest.approx(3.2), None, 0.9)
         and root.lr == pytest.approx(0.04)
         and sde.lr == pytest.approx(4e-3)
         and sde.betas == pytest.approx((1 - 16e-3, 1 - 16e-4), abs=2e-4)
         and sde.eps == pytest.approx(2.5e-9)
+        and peak.lr == pytest.approx(1e-3 * 17 / 8)
     )
 
 
@@ -90,14 +152,8 @@ def _published_schedule() -> bool:
     return [MEGATRON.at(tokens=n) for n in edges] == [768, 768, 1536, 3072, 3072]
 
 
-def _norm_test(eta: float, *, plug_in: bool = False) -> float:
-    answer = NormTest(eta, plug_in).propose(SEEN)
-    assert answer is not None
-    return answer.target_batch
-
-
-def _noise_rule(factor: float) -> float:
-    answer = NoiseScaleRule(factor).propose(SEEN)
+def _batch(rule: BatchRule, seen: Observation = STEADY, **changes: object) -> float:
+    answer = rule.propose(replace(seen, **changes))
     assert answer is not None
     return answer.target_batch
 
@@ -111,11 +167,32 @@ class Contract:
     composes: Callable[[], bool] | str
 
 
+ABSOLUTE = "the target does not depend on the present batch"
+MEASURED = "it reads a measurement made at the present batch"
 CONTRACTS = {
     "scale_hyperparameters": Contract(
-        identity=lambda: all(_scaled(ADAMW, 1, rule) == ADAMW for rule in RULES),
+        identity=lambda: all(_scaled(ADAMW, 1, rule) == ADAMW for rule in HYPERPARAMETER_RULES),
         published=_published_rules,
         composes=_rules_compose,
+    ),
+    "adascale_gain": Contract(
+        identity=lambda: adascale_gain(1, noise_scale=512, reference_batch=32) == 1,
+        # Johnson et al. 2020: S where σ² ≫ μ², 1 where σ² ≪ μ²; σ² = μ², S = 3 is 2/(1/3 + 1).
+        published=lambda: (
+            [adascale_gain(3, noise_scale=n, reference_batch=32) for n in (math.inf, 0, 32)]
+            == pytest.approx([3, 1, 1.5])
+        ),
+        composes=lambda: (
+            adascale_gain(3, noise_scale=512, reference_batch=32)
+            * adascale_gain(5, noise_scale=512, reference_batch=3 * 32)
+            == pytest.approx(adascale_gain(15, noise_scale=512, reference_batch=32))
+        ),
+    ),
+    "legw_warmup": Contract(
+        identity=lambda: legw_warmup(777, 1) == 777,
+        # You et al. 2019: batch times k, warm-up epochs times k.
+        published=lambda: legw_warmup(0.5, 8192 / 256) == 16,
+        composes=lambda: legw_warmup(legw_warmup(777, 2), 8) == legw_warmup(777, 16),
     ),
     "scale_step_count": Contract(
         identity=lambda: scale_step_count(37.0, 1) == 37.0,
@@ -164,6 +241,26 @@ CONTRACTS = {
         ),
         composes="an estimator of one batch; averages are taken over its results",
     ),
+    "inner_product_variance": Contract(
+        identity=lambda: inner_product_variance([4.0, 4.0, 4.0], [2, 1, 5]) == 0.0,
+        # Bollapragada et al. 2018, equation 2.4, at single samples: the sample variance.
+        published=lambda: (
+            inner_product_variance([1.0, 2.0, 6.0], [1, 1, 1])
+            == pytest.approx((1 + 4 + 36 - 3 * 3**2) / 2)
+        ),
+        composes="an estimator of one batch; averages are taken over its results",
+    ),
+    "mean_inner_products": Contract(
+        identity=lambda: (
+            mean_inner_products([InnerProducts(3.0, 1.0, 1.0, 8.0)] * 3) == (3, 1, 1, 8)
+        ),
+        # Hand-worked: the older measurement counts half.
+        published=lambda: (
+            mean_inner_products([(6.0, 3.0, 9.0, 0.0), (0.0, 0.0, 0.0, 3.0)], smoothing=0.5)
+            == pytest.approx((2, 1, 3, 2))
+        ),
+        composes="an estimator",
+    ),
     "noise_scale": Contract(
         identity=lambda: noise_scale([(2.0, 1024.0, 64)] * 3) == (512, 512, 512, 2, 1024, 192),
         # McCandlish et al. 2018, equation 2.9, with the average taken before the ratio.
@@ -199,16 +296,127 @@ CONTRACTS = {
         composes="it is a function of the position, not of a ratio",
     ),
     "NoiseScaleRule": Contract(
-        identity=lambda: _noise_rule(1.0) == NOISE.value,
+        identity=lambda: _batch(NoiseScaleRule()) == 512,
         # McCandlish et al. 2018, section 2.2: train at about the noise scale.
-        published=lambda: _noise_rule(0.5) == 256,
-        composes="the target does not depend on the present batch",
+        published=lambda: _batch(NoiseScaleRule(0.5), SEEN) == 256,
+        composes=ABSOLUTE,
+    ),
+    "OptimalBatchRule": Contract(
+        identity=lambda: _batch(OptimalBatchRule(512.0)) == pytest.approx(512),
+        # McCandlish et al. 2018, appendix D: √(r · B_noise).
+        published=lambda: _batch(OptimalBatchRule(128.0)) == 256,
+        composes=ABSOLUTE,
     ),
     "NormTest": Contract(
-        identity=lambda: _norm_test(1.0) == NOISE.value,
+        identity=lambda: _batch(NormTest(1.0)) == 512,
         # Lau et al. 2024: S/(η²·|g_B|²), with the expected |g_B|² = 2 + 1024/64 = 18.
-        published=lambda: _norm_test(0.5, plug_in=True) == pytest.approx(1024 / (0.25 * 18)),
+        published=lambda: _batch(NormTest(0.5, True), SEEN) == pytest.approx(1024 / (0.25 * 18)),
         composes="the target of the unbiased form does not depend on the present batch",
+    ),
+    "InnerProductTest": Contract(
+        identity=lambda: _batch(InnerProductTest(1.0)) == 512,
+        # Bollapragada et al. 2018: Var⟨g_i, ḡ⟩/(θ²·|ḡ|⁴) with θ = 0.9.
+        published=lambda: _batch(InnerProductTest()) == pytest.approx(512 / 0.81),
+        composes=MEASURED,
+    ),
+    "AugmentedTest": Contract(
+        identity=lambda: _batch(AugmentedTest(1.0, 1.0)) == 512,
+        # The same with (S − Var/|ḡ|²)/(ν²·|ḡ|²) = 512/ν², which ν = 5.84 makes the smaller.
+        published=lambda: (
+            _batch(AugmentedTest()) == _batch(InnerProductTest())
+            and _batch(AugmentedTest(10.0)) == pytest.approx(512 / 5.84**2)
+        ),
+        composes=MEASURED,
+    ),
+    "CoordinateTest": Contract(
+        identity=lambda: _batch(CoordinateTest(1.0)) == 512,
+        # Lau et al. 2024: var_c/B ≤ η²·ḡ_c² for every coordinate.
+        published=lambda: _batch(CoordinateTest(0.5), coordinates={0.5: 1.0, 1.0: 64.0}) == 256,
+        composes=MEASURED,
+    ),
+    "SimilarityRule": Contract(
+        identity=lambda: _batch(SimilarityRule(1 / 3)) == pytest.approx(512),
+        # Qin et al. 2021: a tenth more where the halves are less alike than the target.
+        published=lambda: _batch(SimilarityRule(0.5, step=0.1)) == pytest.approx(563.2),
+        composes=ABSOLUTE,
+    ),
+    "DiversityRule": Contract(
+        identity=lambda: _batch(DiversityRule(512 / 513)) == pytest.approx(512),
+        # Yin et al. 2018: n orthogonal gradients bound the batch by n; their S/|G|² is n − 1.
+        published=lambda: _batch(DiversityRule(), noise=NOISE._replace(value=99.0)) == 100,
+        composes=ABSOLUTE,
+    ),
+    "GSNRRule": Contract(
+        identity=lambda: _batch(GSNRRule()) == 512,
+        # Liu et al. 2020: squared mean over variance; that of a mean of B samples is B times it.
+        published=lambda: _batch(GSNRRule(0.25)) == 128,
+        composes=ABSOLUTE,
+    ),
+    "CriticalBatchLaw": Contract(
+        identity=lambda: _batch(CriticalBatchLaw(1.0, b_star=512.0), loss=1.0) == 512,
+        # Kaplan et al. 2020, figure 10: the batch doubles for about every 13 % of the loss.
+        published=lambda: (
+            _batch(CriticalBatchLaw(1024.0), loss=2 * 0.87) / _batch(CriticalBatchLaw(1024.0))
+            == pytest.approx(2, rel=0.04)
+        ),
+        composes=lambda: (
+            _batch(CriticalBatchLaw(1.0), loss=6.0) / _batch(CriticalBatchLaw(1.0), loss=1.0)
+            == pytest.approx(6 ** (-1 / 0.21))
+        ),
+    ),
+    "AdaDamp": Contract(
+        identity=lambda: _batch(AdaDamp()) == 512,
+        # Sievert and Charles 2019: half the loss, twice the batch.
+        published=lambda: _batch(AdaDamp(), loss=1.0) == 1024,
+        composes="the target does not depend on the present batch, only on the first loss",
+    ),
+    "RadaDamp": Contract(
+        identity=lambda: _batch(RadaDamp()) == 512,
+        # Sievert and Charles 2019: B0 / (½ · (½ + 1)).
+        published=lambda: _batch(RadaDamp(), loss=1.0) == pytest.approx(512 / 0.75),
+        composes="the target does not depend on the present batch, only on the first values",
+    ),
+    "PadaDamp": Contract(
+        identity=lambda: _batch(PadaDamp(0.1)) == 512,
+        # Sievert and Charles 2019: B0 + ⌈rate · k⌉.
+        published=lambda: _batch(PadaDamp(0.1), samples_seen=512 * 31) == 516,
+        composes="it is a function of the position, not of a ratio",
+    ),
+    "GeoDamp": Contract(
+        identity=lambda: _batch(GeoDamp(5.0, 1000)) == 512,
+        # Smith et al. 2018, figure 1: a factor of 5 at each of the steps of the schedule.
+        published=lambda: _batch(GeoDamp(5.0, 1000), samples_seen=2500) == 512 * 25,
+        composes="it is a function of the position, not of a ratio",
+    ),
+    "Seesaw": Contract(
+        identity=lambda: _batch(Seesaw()) == 512,
+        # Seesaw: where the learning rate would be cut by 2, the batch doubles.
+        published=lambda: [_batch(Seesaw(), lr_decay=x) for x in (0.5, 0.25)] == [1024, 2048],
+        composes=lambda: (
+            _batch(Seesaw(), reference_batch=1024, lr_decay=0.25)
+            == _batch(Seesaw(), lr_decay=0.125)
+        ),
+    ),
+    "GoodputRule": Contract(
+        identity=lambda: _batch(GoodputRule()) == 512,
+        # Qiao et al. 2021: the product of throughput and efficiency decides; with B/(φ + B) alone,
+        # where steps cost the same, the largest batch has the most.
+        published=lambda: (
+            _batch(GoodputRule(), max_global_batch=4096, step_seconds=lambda batch: 1.0) == 4096
+        ),
+        composes=ABSOLUTE,
+    ),
+    "StepTime": Contract(
+        identity=lambda: StepTime.fit([(8, 2, 0.25, 1)]).seconds(8, 2) == pytest.approx(0.25),
+        # Qiao et al. 2021: accumulation adds forward and backward passes, one after another.
+        published=lambda: StepTime(0.5, 0.25, 0.0).seconds(8, 3) == 0.5 + 3 * 0.25,
+        composes="it is a model of measured times",
+    ),
+    "supported_noise_scale": Contract(
+        identity=lambda: supported_noise_scale(NOISE) == NOISE.value,
+        # Hand-worked: a ratio without an upper limit is at least its lower one.
+        published=lambda: supported_noise_scale(NOISE._replace(high=math.inf)) == NOISE.low,
+        composes="it chooses one of the numbers of an estimate",
     ),
     "parse_rule": Contract(
         identity=lambda: parse_rule(MEGATRON) is MEGATRON,
@@ -233,6 +441,85 @@ CONTRACTS = {
         ),
         composes="it splits one number",
     ),
+    "warmup_factor": Contract(
+        identity=lambda: {warmup_factor(n, warmup_samples=0) for n in (0, 1, 10**9)} == {1.0},
+        # Goyal et al. 2017, section 2.2: from 0.1 to 3.2 in five epochs, here at half of them.
+        published=lambda: (
+            3.2 * warmup_factor(2.5, warmup_samples=5, start=1 / 32) == pytest.approx(1.65)
+        ),
+        composes=POSITION,
+    ),
+    "cosine_factor": Contract(
+        identity=lambda: {cosine_factor(n, total_samples=9, final=1) for n in (0, 5, 9)} == {1.0},
+        # Loshchilov & Hutter 2017, equation 5: the mean of both ends at half the period.
+        published=lambda: cosine_factor(50, total_samples=100, final=0.1) == pytest.approx(0.55),
+        composes=POSITION,
+    ),
+    "linear_factor": Contract(
+        identity=lambda: {linear_factor(n, total_samples=9, final=1) for n in (0, 5, 9)} == {1.0},
+        # Defazio et al. 2023: 1 − t/T.
+        published=lambda: linear_factor(37, total_samples=100) == pytest.approx(1 - 0.37),
+        composes=POSITION,
+    ),
+    "wsd_factor": Contract(
+        identity=lambda: {_wsd(n, final=1.0) for n in (20, 90, 100, 101)} == {1.0},
+        # Hägele et al. 2024: 1 − √x over the last fifth of the run.
+        published=lambda: (
+            [_wsd(n, shape="sqrt") for n in (80, 85, 100)] == pytest.approx([1, 0.5, 0])
+        ),
+        composes=POSITION,
+    ),
+    "one_cycle_factor": Contract(
+        identity=lambda: (
+            {one_cycle_factor(n, total_samples=9, start=1, final=1) for n in range(11)} == {1.0}
+        ),
+        # Smith & Topin 2018: from a tenth of the peak to the peak, then far below the start.
+        published=lambda: (
+            [one_cycle_factor(n, total_samples=100, start=0.1) for n in (0, 30, 100)]
+            == pytest.approx([0.1, 1, 1e-4])
+        ),
+        composes=POSITION,
+    ),
+    "one_cycle_momentum": Contract(
+        identity=lambda: (
+            {one_cycle_momentum(n, total_samples=9, low=0.9, high=0.9) for n in range(11)} == {0.9}
+        ),
+        # Smith 2018, arXiv:1803.09820: 0.95 → 0.85 → 0.95.
+        published=lambda: (
+            [one_cycle_momentum(n, total_samples=100) for n in (0, 30, 100)] == [0.95, 0.85, 0.95]
+        ),
+        composes=POSITION,
+    ),
+    "power_lr": Contract(
+        identity=lambda: power_lr(1e9, global_batch=1, a=0.01, b=0) == 0.01,
+        # Shen et al. 2024, section 3.2: 0.0011 for 10 trillion tokens at batch 1024, with a = 4.6.
+        published=lambda: round(power_lr(10e12, global_batch=1024, a=4.6), 4) == 0.0011,
+        composes="it is a law of tokens and batch, not of a ratio",
+    ),
+    "refined_factors": Contract(
+        identity=lambda: refined_factors([2.0, 2.0]) == [1.0, 0.0],
+        # Defazio et al. 2023: equal norms give the linear decay.
+        published=lambda: (
+            refined_factors([0.3] * 101) == pytest.approx([1 - t / 100 for t in range(101)])
+        ),
+        composes=POSITION,
+    ),
+    "FactorTable": Contract(
+        identity=lambda: [TABLE.at(n, total_samples=100) for n in (0, 40, 100)] == [0.5, 1, 0],
+        # Hand-worked: at twice the length, half way up the first line.
+        published=lambda: TABLE.at(40, total_samples=200) == pytest.approx(0.75),
+        composes=POSITION,
+    ),
+    "regime_adaptation": Contract(
+        identity=lambda: (
+            regime_adaptation([81, 122], global_batch=64, reference_batch=64) == (81, 122)
+        ),
+        # Hoffer et al. 2017: from 128 to 4096, 32 times as many epochs.
+        published=lambda: (
+            regime_adaptation([200], global_batch=4096, reference_batch=128) == (6400,)
+        ),
+        composes="it rounds every ratio up to a whole one",
+    ),
 }
 
 RECORDS = {
@@ -240,12 +527,19 @@ RECORDS = {
     "BatchSplit": BatchSplit(32, 4),
     "Hyperparameters": ADAMW,
     "InnerProducts": InnerProducts(32.0, 4.0, 16.0, 64.0),
+    "MemoryModel": MemoryModel(1e9, 1e6, 2e3),
     "NoiseScale": NOISE,
     "Observation": SEEN,
     "Proposal": Proposal(512.0, 512.0, "noise scale"),
 }
 PROTOCOLS = {"BatchRule"}
-NAMES = {"ESTIMATED_FIELDS", "HYPERPARAMETER_RULES"}
+NAMES = {
+    "COORDINATE_FRACTIONS",
+    "ESTIMATED_FIELDS",
+    "HYPERPARAMETER_RULES",
+    "NOISE_RULES",
+    "SATURATING_RULES",
+}
 
 functions = pytest.mark.parametrize(
     "name", [name for name in scaling.__all__ if name not in RECORDS.keys() | PROTOCOLS | NAMES]
@@ -257,8 +551,9 @@ def test_every_public_name_has_a_contract() -> None:
 
 
 def test_every_listed_rule_can_be_applied() -> None:
-    for rule in scaling.HYPERPARAMETER_RULES:
-        assert scale_hyperparameters(1.0, rule=rule, lr=0.1, momentum=0.9).lr == 0.1
+    for rule in HYPERPARAMETER_RULES:
+        assert _scaled(ADAMW, 1.0, rule).lr == ADAMW.lr
+    assert set(HYPERPARAMETER_RULES) > {*NOISE_RULES, *scaling.SATURATING_RULES}
 
 
 @functions
@@ -285,6 +580,11 @@ def test_a_record_is_frozen_and_survives_pickling(name: str) -> None:
     with pytest.raises((AttributeError, FrozenInstanceError)):
         setattr(record, field, 0)
     assert pickle.loads(pickle.dumps(record)) == record
+
+
+def test_the_fractions_of_coordinates_go_up_to_all() -> None:
+    assert tuple(sorted(COORDINATE_FRACTIONS)) == COORDINATE_FRACTIONS
+    assert [CoordinateTest(fraction=f).fraction for f in COORDINATE_FRACTIONS][-1] == 1
 
 
 @pytest.mark.parametrize("rule", [NoiseScaleRule(), NormTest(), MEGATRON], ids=repr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from fractions import Fraction
 
 import pytest
 
@@ -182,3 +183,38 @@ def test_as_a_rule_it_names_the_quantity_that_is_not_observed() -> None:
 
 def test_it_needs_no_measurement() -> None:
     assert parse("0:64").needs == frozenset()
+
+
+def _megatron(start: int, increment: int, samples: int, end: int, consumed: int) -> int:
+    """The published arithmetic, in exact numbers: past the ramp the end, before it whole steps."""
+    each = Fraction(samples, (end - start) // increment)
+    return end if consumed > samples else start + int(consumed / each) * increment
+
+
+@pytest.mark.parametrize(
+    "ramp", [(32, 32, 1000, 192), (16, 8, 300, 40), (256, 128, 50_000_000, 1024), (1, 1, 7, 8)]
+)
+def test_a_ramp_has_the_batches_of_megatron_at_every_sample(ramp) -> None:
+    start, increment, samples, end = ramp
+    schedule = BatchSizeSchedule.ramp(start, increment, samples, end=end)
+    edges = {n for s in schedule.starts for n in (s - 1, s, s + 1)} | {2 * samples, samples // 3}
+    for consumed in sorted(edges - {-1}):
+        assert schedule.at(samples=consumed) == _megatron(*ramp, consumed)
+    assert parse(str(schedule)) == schedule
+
+
+@pytest.mark.parametrize(
+    ("ramp", "error"),
+    [
+        ((32, 32, 1000, 200), "no ramp"),
+        ((32, 32, 1000, 32), "no ramp"),
+        ((64, 32, 1000, 32), "no ramp"),
+        ((1, 1, 3, 8), "no ramp"),
+        ((0, 32, 1000, 64), "start=0"),
+        ((32, 0, 1000, 64), "increment=0"),
+        ((32, 32, 0, 64), "samples=0"),
+    ],
+)
+def test_what_is_no_ramp_is_refused(ramp, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        BatchSizeSchedule.ramp(*ramp)
