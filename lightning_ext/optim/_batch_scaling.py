@@ -7,59 +7,25 @@ Differs: the groups keep the values of the reference batch, so that schedulers, 
 
 from __future__ import annotations
 
+import math
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
-import torch
-from torch.optim import (
-    SGD,
-    Adafactor,
-    Adam,
-    Adamax,
-    Muon,
-    NAdam,
-    Optimizer,
-    RAdam,
-    RMSprop,
-    SparseAdam,
-)
+from torch.optim import SGD, Adafactor, Muon, Optimizer, RMSprop
 
+from lightning_ext.optim._batch_rule import batch_rule
+from lightning_ext.optim._restate import divide_step_counts, scale_momentum_buffers
 from lightning_ext.scaling import (
-    HYPERPARAMETER_RULES,
+    NOISE_RULES,
+    SATURATING_RULES,
     Hyperparameters,
-    momentum_buffer_scale,
+    adascale_gain,
     scale_hyperparameters,
     scale_step_count,
 )
 
-_ADAM_FAMILY = (Adam, Adamax, NAdam, RAdam, RMSprop, SparseAdam)
 _DECOUPLED = (Adafactor, Muon)  # those that do not say so in their groups
-
-
-def batch_rule(optimizer: Optimizer) -> str:
-    """Names the rule by which an optimizer's hyper-parameters follow its batch.
-
-    Args:
-        optimizer: An optimizer; its class may name the rule in an attribute ``batch_rule``.
-
-    Returns:
-        The attribute, else ``"linear"`` for SGD and ``"sde"`` for the Adam family and RMSprop.
-
-    Raises:
-        ValueError: Nothing is known about this class.
-    """
-    named = getattr(type(optimizer), "batch_rule", None)
-    if named is not None:
-        return str(named)
-    if isinstance(optimizer, SGD):
-        return "linear"
-    if isinstance(optimizer, _ADAM_FAMILY):
-        return "sde"
-    raise ValueError(
-        f"There is no known batch rule for {type(optimizer).__name__}. Choose one of"
-        f" {HYPERPARAMETER_RULES} as rule= (lr_rule= in AdaptiveBatchSize), or give the class an"
-        " attribute `batch_rule`."
-    )
 
 
 class BatchScaling:
@@ -69,23 +35,29 @@ class BatchScaling:
     :math:`\kappa` changes under a rule that changes betas, the optimizer's step count is divided
     by the ratio, so that :math:`(\beta^\kappa)^{t/\kappa} = \beta^t` and the bias correction
     goes on unbroken; NAdam's ``momentum_decay``, which counts steps, is multiplied by
-    :math:`\kappa`. Under ``"linear_samples"`` SGD's momentum buffer is scaled such that lr × buffer
-    per sample does not jump. RAdam takes no adaptive step before its sixth, whatever the batch: a
-    switch before about step :math:`5\kappa` makes it begin that again.
+    :math:`\kappa`. Under ``"linear_samples"`` SGD's momentum buffer is scaled such that it holds
+    the same mean gradient, and lr × buffer per sample does not jump. RAdam takes no adaptive step
+    before its sixth, whatever the batch: a switch before about step :math:`5\kappa` makes it begin
+    that again.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``.
-        rule: ``"auto"`` (see :func:`batch_rule`), ``"none"``, ``"linear"``, ``"linear_samples"``,
-            ``"sqrt"`` or ``"sde"``.
+        rule: ``"auto"`` (see :func:`batch_rule`) or one of ``scaling.HYPERPARAMETER_RULES``.
         kappa: Global batch over reference batch that the optimizer's state belongs to.
         scale_weight_decay: Whether decoupled weight decay follows too. Coupled L2 never does.
+        reference_batch: Samples per step that the hyper-parameters belong to; needed by
+            ``"adascale"``, ``"noise_limited"``, ``"surge"`` and by ``clamp``.
+        noise_scale: The noise scale in samples, where it is known; see :meth:`set_kappa`.
+        clamp: Whether the learning rate stops growing where the batch passes the noise scale, with
+            one warning. It changes nothing under the rules that do not grow with the batch alone:
+            ``"none"``, ``"constant"`` and the three that compute from the noise scale.
 
     Attributes:
         last_lrs: The learning rate that the last step used, for each group.
 
     Raises:
-        ValueError: The rule or the class of the optimizer is not known, a hyper-parameter that the
-            rule needs is missing, or ``kappa`` is not a finite number above 0.
+        ValueError: The rule or the class of the optimizer is not known, something that the rule
+            needs is missing, or a number is out of range.
 
     Example:
         >>> import torch
@@ -104,14 +76,22 @@ class BatchScaling:
         *,
         kappa: float = 1.0,
         scale_weight_decay: bool = True,
+        reference_batch: float | None = None,
+        noise_scale: float | None = None,
+        clamp: bool = False,
     ) -> None:
         self.optimizer = optimizer
         self.rule = batch_rule(optimizer) if rule == "auto" else rule
         self.scale_weight_decay = scale_weight_decay
-        self._check(kappa)
-        self._kappa = float(kappa)
+        self.reference_batch = reference_batch
+        self.clamp = clamp
+        self._warned = False
+        self._lr_factor = 1.0
+        self._check(kappa, noise_scale)
+        self._assign(kappa, noise_scale)
         self._reference: list[dict[str, Any]] | None = None
         self.last_lrs: list[float] | None = None
+        self._warn_of_clamping()
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -122,25 +102,61 @@ class BatchScaling:
         """Global batch over reference batch."""
         return self._kappa
 
-    def set_kappa(self, kappa: float) -> None:
-        """Changes the batch between two steps, and restates the optimizer's state for it.
+    @property
+    def noise_scale(self) -> float | None:
+        """Noise scale in samples that the learning rate follows, ``None`` where it is not known."""
+        return self._noise_scale
+
+    @property
+    def gain(self) -> float:
+        """How many steps of the reference batch one step counts: AdaScale's r, else κ."""
+        if self.rule != "adascale":
+            return self._kappa
+        return adascale_gain(self._kappa, **self._inputs(self._noise_scale))
+
+    @property
+    def lr_factor(self) -> float:
+        """What multiplies the learning rate of every group besides the rule."""
+        return self._lr_factor
+
+    def set_lr_factor(self, factor: float) -> None:
+        """Multiplies the learning rates of the steps to come, on top of the rule.
+
+        The factor stands for a schedule: as under a scheduler, decoupled decay lr·λ goes with it.
 
         Raises:
-            ValueError: ``kappa`` is not a finite number above 0; nothing has changed then.
+            ValueError: ``factor`` is not a finite number of at least 0; nothing has changed then.
         """
-        self._check(kappa)
-        previous, self._kappa = self._kappa, float(kappa)
-        if self._kappa == previous:
-            return
-        if self._betas_follow():
-            _divide_step_counts(self.optimizer, self._kappa / previous)
-        for group in self.optimizer.param_groups:
-            self._scale_momentum_buffers(group, previous)
+        if not (math.isfinite(factor) and factor >= 0):
+            raise ValueError(f"lr_factor={factor} is not allowed; it must be finite and at least 0")
+        self._lr_factor = float(factor)
+
+    def set_kappa(self, kappa: float, *, noise_scale: float | None = None) -> None:
+        """Changes the batch between two steps, and restates the optimizer's state for it.
+
+        With the same ``kappa`` it changes the noise scale alone, and the state stays as it is.
+
+        Args:
+            kappa: Global batch over reference batch.
+            noise_scale: The noise scale in samples from now on. ``"adascale"``,
+                ``"noise_limited"`` and ``"surge"`` compute from it, ``clamp`` compares the batch
+                with it. ``None``, not known, is the small-batch limit without clamping.
+
+        Raises:
+            ValueError: ``kappa`` is not a finite number above 0, or ``noise_scale`` not one of at
+                least 0; nothing has changed then.
+        """
+        self._check(kappa, noise_scale)
+        previous = self._kappa
+        self._assign(kappa, noise_scale)
+        if self._kappa != previous:
+            self._restate(previous)
+        self._warn_of_clamping()
 
     def lrs(self) -> list[float]:
         """The learning rate that the next step will use, for each group."""
         groups = self.optimizer.param_groups
-        return [float(self._scaled(group, self._kappa)["lr"]) for group in groups]
+        return [float(self._scaled(group)["lr"]) for group in groups]
 
     def detach(self) -> None:
         """Leaves the optimizer as it was found."""
@@ -148,9 +164,54 @@ class BatchScaling:
         for handle in self._handles:
             handle.remove()
 
-    def _check(self, kappa: float) -> None:
+    def _check(self, kappa: float, noise_scale: float | None) -> None:
+        """Raises now what a step would raise, and what another ``kappa`` would."""
+        if self.reference_batch is None and (self.clamp or self.rule in NOISE_RULES):
+            needs = "clamp=True" if self.clamp else f"rule={self.rule!r}"
+            raise ValueError(
+                f"{needs} needs reference_batch=, the samples per step that the hyper-parameters of"
+                " the optimizer belong to: the noise scale is compared with a batch in samples."
+            )
+        adascale_gain(  # whether or not the rule uses them
+            kappa,
+            noise_scale=math.inf if noise_scale is None else noise_scale,
+            reference_batch=1.0 if self.reference_batch is None else self.reference_batch,
+        )
         for group in self.optimizer.param_groups:
-            self._scaled(group, kappa)  # raises now what a step would raise
+            self._hyperparameters(group, kappa, noise_scale)
+
+    def _inputs(self, noise_scale: float | None) -> dict[str, Any]:
+        """What :func:`scale_hyperparameters` needs of the noise scale under this rule."""
+        if self.rule in NOISE_RULES:
+            known = math.inf if noise_scale is None else noise_scale
+            return {"noise_scale": known, "reference_batch": self.reference_batch}
+        if self.clamp and noise_scale is not None and self.rule in SATURATING_RULES:
+            return {"saturation": noise_scale, "reference_batch": self.reference_batch}
+        return {}
+
+    def _warn_of_clamping(self) -> None:
+        saturation = self._inputs(self._noise_scale).get("saturation", math.inf)
+        global_batch = self._kappa * (self.reference_batch or 0.0)
+        if self._warned or self._kappa <= 1 or global_batch <= saturation:
+            return
+        self._warned = True
+        warnings.warn(
+            f"The global batch of {global_batch:g} is above the noise scale of {saturation:g}"
+            f" samples: from there on the learning rate no longer grows (rule={self.rule!r})."
+            " Larger batches bring little here. Hint: limit the batch (max_global_batch), or let"
+            " the learning rate grow all the same (clamp=False; clamp_lr in AdaptiveBatchSize).",
+            stacklevel=3,
+        )
+
+    def _assign(self, kappa: float, noise_scale: float | None) -> None:
+        self._kappa = float(kappa)
+        self._noise_scale = None if noise_scale is None else float(noise_scale)
+
+    def _restate(self, previous: float) -> None:
+        if self._betas_follow():
+            divide_step_counts(self.optimizer, self._kappa / previous)
+        if self.rule == "linear_samples":
+            scale_momentum_buffers(self.optimizer, previous, self._kappa)
 
     def _betas_follow(self) -> bool:
         return any(
@@ -159,24 +220,14 @@ class BatchScaling:
             for key in ("betas", "alpha")
         )
 
-    def _scale_momentum_buffers(self, group: dict[str, Any], previous: float) -> None:
-        """Keeps lr × buffer per sample where it is while the momentum changes."""
-        if self.rule != "linear_samples":
-            return
-        old, new = (momentum_buffer_scale(group["momentum"], k) for k in (previous, self._kappa))
-        for parameter in group["params"]:
-            buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None:
-                buffer.mul_(new / old)
-
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._restore()  # a step that raised has left its values behind
         self.last_lrs = self.lrs()
-        if self._kappa == 1.0:
+        if self._kappa == self._lr_factor == 1.0:
             return None
         self._reference = []
         for group in self.optimizer.param_groups:
-            scaled = self._scaled(group, self._kappa)
+            scaled = self._scaled(group)
             self._reference.append({key: group[key] for key in scaled})
             group.update(scaled)
         return tuple(map(self._guarded, args)), {k: self._guarded(v) for k, v in kwargs.items()}
@@ -204,10 +255,11 @@ class BatchScaling:
                 group.update(values)
         self._reference = None
 
-    def _scaled(self, group: dict[str, Any], kappa: float) -> dict[str, Any]:
+    def _scaled(self, group: dict[str, Any], kappa: float | None = None) -> dict[str, Any]:
         """The entries of a group that depend on the batch, at ``kappa`` × the reference batch."""
-        new, betas = self._hyperparameters(group, kappa), self._betas(group)
-        values: dict[str, Any] = {"lr": group["lr"] * new.lr}
+        kappa = self._kappa if kappa is None else kappa
+        new, betas = self._hyperparameters(group, kappa, self._noise_scale), self._betas(group)
+        values: dict[str, Any] = {"lr": group["lr"] * (new.lr * self._lr_factor)}
         if new.betas is not None and new.betas != betas:
             values |= {"betas": new.betas} if "betas" in group else {"alpha": new.betas[0]}
             if "momentum_decay" in group:  # per step of NAdam's schedule, whose unit grows
@@ -217,7 +269,9 @@ class BatchScaling:
                 values[key] = getattr(new, key)
         return values
 
-    def _hyperparameters(self, group: dict[str, Any], kappa: float) -> Hyperparameters:
+    def _hyperparameters(
+        self, group: dict[str, Any], kappa: float, noise_scale: float | None
+    ) -> Hyperparameters:
         decoupled = group.get("decoupled_weight_decay", isinstance(self.optimizer, _DECOUPLED))
         eps = group.get("eps")
         return scale_hyperparameters(
@@ -228,6 +282,7 @@ class BatchScaling:
             momentum=group.get("momentum") if isinstance(self.optimizer, SGD) else None,
             eps=None if isinstance(eps, tuple) else eps,  # Adafactor's are relative
             weight_decay=group["weight_decay"] if self.scale_weight_decay and decoupled else None,
+            **self._inputs(noise_scale),
         )
 
     def _betas(self, group: dict[str, Any]) -> tuple[float, ...] | None:
@@ -235,12 +290,3 @@ class BatchScaling:
             return tuple(float(beta) for beta in group["betas"])
         # ASGD's alpha is an exponent.
         return (float(group["alpha"]),) if isinstance(self.optimizer, RMSprop) else None
-
-
-def _divide_step_counts(optimizer: Optimizer, ratio: float) -> None:
-    for state in optimizer.state.values():
-        step = state.get("step")
-        if isinstance(step, torch.Tensor):
-            step.copy_(scale_step_count(step, ratio))
-        elif step is not None:
-            state["step"] = scale_step_count(step, ratio)

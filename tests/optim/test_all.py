@@ -18,7 +18,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler
 
 from lightning_ext import optim
-from lightning_ext.optim import BatchScaling, SampleSchedule, batch_rule, sample_schedules
+from lightning_ext.optim import (
+    BatchScaling,
+    LEGWWarmup,
+    PowerScheduler,
+    RefinedSchedule,
+    SampleCosine,
+    SampleLinear,
+    SampleOneCycle,
+    SampleSchedule,
+    SampleWarmup,
+    SampleWSD,
+    WeightDecaySchedule,
+    batch_rule,
+    sample_schedules,
+)
+from lightning_ext.scaling import FactorTable
 
 STEPS = 12
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -41,8 +56,16 @@ class Contract:
     state: Callable[[Any], Any] = lambda part: None
 
 
+def _scaling(optimizer: Optimizer, state: Any) -> BatchScaling:
+    kappa, lr_factor = state or (1.0, 1.0)
+    scaling = BatchScaling(optimizer, kappa=kappa)
+    scaling.set_lr_factor(lr_factor)
+    return scaling
+
+
 def _set_kappa(scaling: BatchScaling, step: int) -> None:
     scaling.set_kappa({3: 4.0, 8: 0.5, 10: 1.0}.get(step, scaling.kappa))
+    scaling.set_lr_factor(0.5 if step in (1, 2, 6) else 1.0)
 
 
 def _halving(samples: int) -> float:
@@ -65,12 +88,45 @@ def _nested(optimizer: Optimizer, state: Any) -> SampleSchedule:
     return found
 
 
+def _named(make: Callable[..., SampleSchedule], *args: Any, **kwargs: Any) -> Contract:
+    def attach(optimizer: Optimizer, state: Any) -> SampleSchedule:
+        schedule = make(optimizer, *args, **kwargs, samples_per_step=8)
+        schedule.load_state_dict(state or {})
+        return schedule
+
+    return Contract(attach, _count, lambda schedule: schedule.state_dict())
+
+
+def _power(optimizer: Optimizer, **kwargs: Any) -> PowerScheduler:
+    for group in optimizer.param_groups:
+        group["lr"] *= 10  # the first group's is 1.0, as the law wants it
+    return PowerScheduler(optimizer, tokens_per_sample=1, a=0.05, lr_max=0.1, **kwargs)
+
+
+def _weight_decay(optimizer: Optimizer, **kwargs: Any) -> WeightDecaySchedule:
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.1
+    return WeightDecaySchedule(optimizer, {0: 0.1, 48: 0.0, 80: 0.05}, **kwargs)
+
+
+RUN = {"total_samples": 160, "warmup_samples": 40}
+TABLE = FactorTable((0, 40, 100), (1.0, 0.2, 0.7))
+
 CONTRACTS = {
     "BatchScaling": Contract(
-        attach=lambda optimizer, kappa: BatchScaling(optimizer, kappa=kappa or 1.0),
+        attach=_scaling,
         after_step=_set_kappa,
-        state=lambda scaling: scaling.kappa,
+        state=lambda scaling: (scaling.kappa, scaling.lr_factor),
     ),
+    "LEGWWarmup": _named(LEGWWarmup, warmup_samples=20, reference_batch=4, then=_halving),
+    "PowerScheduler": _named(_power, warmup_samples=16, total_samples=160, decay_samples=40),
+    "RefinedSchedule": _named(RefinedSchedule, TABLE, total_samples=150),
+    "SampleCosine": _named(SampleCosine, final=0.1, **RUN),
+    "SampleLinear": _named(SampleLinear, start=0.5, **RUN),
+    "SampleOneCycle": _named(SampleOneCycle, total_samples=160, low=0.3, high=0.5),
+    "SampleWSD": _named(SampleWSD, decay_samples=60, shape="sqrt", **RUN),
+    "SampleWarmup": _named(SampleWarmup, warmup_samples=100),
+    "WeightDecaySchedule": _named(_weight_decay),
     "SampleSchedule": Contract(_schedule, _count, lambda schedule: schedule.state_dict()),
     "batch_rule": Contract(attach=lambda optimizer, _: batch_rule(optimizer)),
     "sample_schedules": Contract(_nested, _count, lambda schedule: schedule.state_dict()),

@@ -1,0 +1,37 @@
+"""An optimizer's state, restated for another batch."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_ext.scaling import momentum_buffer_scale, scale_step_count
+
+
+def divide_step_counts(optimizer: Optimizer, ratio: float) -> None:
+    """Counts the steps taken so far in steps of a batch ``ratio`` times as large."""
+    for state in optimizer.state.values():
+        step = state.get("step")
+        if isinstance(step, torch.Tensor):
+            step.copy_(scale_step_count(step, ratio))
+        elif step is not None:
+            state["step"] = scale_step_count(step, ratio)
+
+
+def scale_momentum_buffers(optimizer: Optimizer, previous: float, kappa: float) -> None:
+    """Keeps the mean gradient that SGD's buffers hold while μ goes from one power to another.
+
+    The learning rate multiplies a buffer afterwards. So what it moves per sample stays as well, and
+    where the learning rate is held back, it falls as much as what a new gradient moves.
+
+    Args:
+        optimizer: Its groups have the momentum of the reference batch.
+        previous: Global batch over reference batch so far.
+        kappa: The same from now on.
+    """
+    for group in optimizer.param_groups:
+        old, new = (momentum_buffer_scale(group["momentum"], k) for k in (previous, kappa))
+        for parameter in group["params"]:
+            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if buffer is not None:
+                buffer.mul_(new / old)
