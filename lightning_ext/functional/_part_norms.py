@@ -11,8 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_ext.functional._widen import widen_real
 
-def sq_norms(tensors: Sequence[Tensor | None], groups: Sequence[int] | None = None) -> Tensor:
+_LARGE = 2**16  # entries of which torch's norm on a CPU adds up too many one after another
+
+
+def sq_norms(
+    tensors: Sequence[Tensor | None],
+    groups: Sequence[int] | None = None,
+    *,
+    foreach: bool = False,
+) -> Tensor:
     """Return Σ x² over all entries of the tensors, in one number or by group.
 
     The sum is taken in ``torch.promote_types(x.dtype, torch.float32)`` and can be differentiated
@@ -21,6 +30,8 @@ def sq_norms(tensors: Sequence[Tensor | None], groups: Sequence[int] | None = No
     Args:
         tensors: tensors of any shapes on one device; ``None`` counts as zeros.
         groups: the group of each tensor, integers of at least 0; one group without it.
+        foreach: take the tensors together, several times faster where they are many and small;
+            neither for gradients nor for ``torch.vmap``.
 
     Returns:
         Shape ``()``, or ``(max(groups) + 1,)`` with groups.
@@ -42,9 +53,12 @@ def sq_norms(tensors: Sequence[Tensor | None], groups: Sequence[int] | None = No
     device = None if first is None else first.device
     zero = torch.zeros((), dtype=torch.float32, device=device)
     sums = [zero] * (1 if groups is None else max(members, default=-1) + 1)
-    for x, group in zip(tensors, members, strict=True):
-        if x is not None:
-            sums[group] = sums[group] + _sq_norm(x)
+    if foreach:
+        _together(tensors, members, sums)
+    else:
+        for x, group in zip(tensors, members, strict=True):
+            if x is not None:
+                sums[group] = sums[group] + _sq_norm(x)
     if groups is None:
         return sums[0]
     return torch.stack(sums) if sums else zero.new_zeros(0)
@@ -75,5 +89,22 @@ def part_sq_norms(
 
 
 def _sq_norm(x: Tensor) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (torch.view_as_real(wide) if wide.is_complex() else wide).square().sum()
+    return widen_real(x).square().sum()
+
+
+@torch.no_grad()
+def _together(tensors: Sequence[Tensor | None], groups: list[int], sums: list[Tensor]) -> None:
+    """Adds the squares of each group to its sum."""
+    alike: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+    for x, group in zip(tensors, groups, strict=True):
+        if x is None:
+            continue
+        if x.numel() > _LARGE and x.device.type == "cpu":
+            flat = widen_real(x).flatten()
+            sums[group] = sums[group] + torch.dot(flat, flat)
+        else:
+            alike.setdefault((group, x.dtype), []).append(x)
+    for (group, dtype), found in alike.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        norms = torch.stack(torch._foreach_norm(found, 2, wide))
+        sums[group] = sums[group] + torch.dot(norms, norms)

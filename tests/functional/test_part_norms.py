@@ -67,3 +67,38 @@ def test_groups_that_do_not_fit_are_refused(groups: list[int]) -> None:
 def test_no_parts_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one part"):
         part_sq_norms([])
+
+
+MIXED = [
+    torch.arange(6.0).reshape(2, 3).t(),
+    None,
+    torch.full((70_000,), 1.5),
+    torch.tensor(3.0, dtype=torch.float64),
+    torch.full((3,), 256.0, dtype=torch.float16),
+    torch.tensor([3 + 4j]),
+    torch.zeros(0),
+]
+
+
+@pytest.mark.parametrize("groups", [None, [0, 0, 2, 2, 1, 1, 4]])
+def test_tensors_taken_together_have_the_same_norms(groups: list[int] | None) -> None:
+    one, other = sq_norms(MIXED, groups, foreach=True), sq_norms(MIXED, groups)
+    assert one.dtype == other.dtype
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
+def test_taken_together_they_agree_in_float64_to_the_last_digits() -> None:
+    tensors = [torch.randn(n, dtype=torch.float64) for n in (3, 1000, 70_000)]
+    torch.testing.assert_close(
+        sq_norms(tensors, foreach=True), sq_norms(tensors), rtol=1e-13, atol=0
+    )
+
+
+def test_many_small_entries_are_not_lost_behind_a_large_sum() -> None:
+    x = torch.full((5_000_000,), 1.0)
+    torch.testing.assert_close(sq_norms([x], foreach=True).item(), 5e6, rtol=1e-4, atol=0)
+
+
+def test_nothing_taken_together_is_zero() -> None:
+    assert sq_norms([], foreach=True) == 0
+    assert sq_norms([None], [1], foreach=True).tolist() == [0, 0]
