@@ -67,7 +67,7 @@ def refined_factors(
     weights = [(least / value) ** _POWERS[norm] for value in smooth]
     rest, products = 0.0, []
     for weight in reversed(weights):
-        products.append(weight)
+        products.append(weight * rest)
         rest += weight
     largest = max(products)
     return [product / largest for product in reversed(products)]

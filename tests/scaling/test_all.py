@@ -21,6 +21,7 @@ from lightning_ext.scaling import (
     BatchRule,
     BatchSizeSchedule,
     BatchSplit,
+    Bracket,
     CoordinateTest,
     CriticalBatchLaw,
     DiversityRule,
@@ -51,10 +52,12 @@ from lightning_ext.scaling import (
     ema_warmup,
     half_life_to_decay,
     inner_product_variance,
+    largest_passing,
     legw_warmup,
     linear_factor,
     loss_weight,
     mean_inner_products,
+    merge_ceilings,
     momentum_buffer_scale,
     next_global_batch,
     noise_scale,
@@ -441,6 +444,33 @@ CONTRACTS = {
         ),
         composes="it splits one number",
     ),
+    "largest_passing": Contract(
+        identity=lambda: (
+            largest_passing(lambda n: True, largest=64, known=Bracket(64)) == (64, None)
+        ),
+        # Żelasko et al. 2024: (min_oom − max_ok)/min_oom is at most 0.05.
+        published=lambda: all(
+            (failed - passed) / failed <= 0.05 or failed - passed == 1
+            for passed, failed in (
+                largest_passing(lambda n, limit=limit: n <= limit, start=32, largest=10**6)
+                for limit in (1, 33, 1000, 77_777)
+            )
+        ),
+        composes=lambda: (
+            largest_passing(
+                lambda n: n <= 99,
+                largest=512,
+                known=largest_passing(lambda n: n <= 99, largest=64),
+            )
+            == largest_passing(lambda n: n <= 99, largest=512)
+        ),
+    ),
+    "merge_ceilings": Contract(
+        identity=lambda: merge_ceilings({128: 32, 256: 16}) == {128: 32, 256: 16},
+        # Żelasko et al. 2024: neighbouring buckets with equal batch sizes become one.
+        published=lambda: merge_ceilings({128: 32, 256: 32, 512: 8}) == {256: 32, 512: 8},
+        composes="it is a table; merging it again changes nothing",
+    ),
     "warmup_factor": Contract(
         identity=lambda: {warmup_factor(n, warmup_samples=0) for n in (0, 1, 10**9)} == {1.0},
         # Goyal et al. 2017, section 2.2: from 0.1 to 3.2 in five epochs, here at half of them.
@@ -525,6 +555,7 @@ CONTRACTS = {
 RECORDS = {
     "BatchEfficiency": BatchEfficiency(2.0, 2.0),
     "BatchSplit": BatchSplit(32, 4),
+    "Bracket": Bracket(16, 32),
     "Hyperparameters": ADAMW,
     "InnerProducts": InnerProducts(32.0, 4.0, 16.0, 64.0),
     "MemoryModel": MemoryModel(1e9, 1e6, 2e3),
