@@ -1,5 +1,10 @@
 """The only place that touches Lightning's private attributes, one file per concern."""
 
+from lightning_ext._lightning._closure import (
+    OutOfMemoryRecovery,
+    recover_from_oom,
+    runs_in_parts,
+)
 from lightning_ext._lightning._export import export_with, exporting
 from lightning_ext._lightning._lengths import epoch_end, sync_lengths
 from lightning_ext._lightning._loader import install_sampler, live_sampler, uninstall_sampler
@@ -15,10 +20,20 @@ from lightning_ext._lightning._optimizer_steps import (
     step_gradient_scale,
     steps_now,
 )
+from lightning_ext._lightning._out_of_memory import is_out_of_memory
 from lightning_ext._lightning._random_state import random_state, restore_random_state
 from lightning_ext._lightning._resume import (
     resume_position,
     sync_first_batch,
+)
+from lightning_ext._lightning._silent import silent_log, untouched
+from lightning_ext._lightning._trial_process import Outcome
+from lightning_ext._lightning._trials import (
+    TrialMemory,
+    batch_maker,
+    loader_sizes,
+    trial_setting,
+    trials,
 )
 from lightning_ext._lightning._view import DistributedView, View, view
 from lightning_ext._lightning._window import BatchShare, batch_share, reference_batch
@@ -26,27 +41,39 @@ from lightning_ext._lightning._window import BatchShare, batch_share, reference_
 __all__ = [
     "BatchShare",
     "DistributedView",
+    "OutOfMemoryRecovery",
+    "Outcome",
     "StepCounter",
+    "TrialMemory",
     "View",
+    "batch_maker",
     "batch_share",
     "epoch_end",
     "export_with",
     "exporting",
     "gradient_scale",
     "install_sampler",
+    "is_out_of_memory",
     "live_sampler",
+    "loader_sizes",
     "logs_now",
     "monitored_metrics",
     "random_state",
+    "recover_from_oom",
     "reference_batch",
     "restore_monitored_metrics",
     "restore_random_state",
     "resume_position",
+    "runs_in_parts",
+    "silent_log",
     "step_gradient_scale",
     "step_plateau_schedulers",
     "steps_now",
     "sync_first_batch",
     "sync_lengths",
+    "trial_setting",
+    "trials",
     "uninstall_sampler",
+    "untouched",
     "view",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -22,10 +22,12 @@ from lightning_ext.callbacks._batch_controller import BatchController
 from lightning_ext.callbacks._clipping import ClippedFraction
 from lightning_ext.callbacks._following_rates import FollowingRates
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
+from lightning_ext.callbacks._memory_ceiling import MemoryCeiling, finder_of
+from lightning_ext.callbacks._progress import UNITS, Progress
 from lightning_ext.callbacks._reuse import begins_anew
 from lightning_ext.callbacks._running_batch import RunningBatch
 from lightning_ext.optim import sample_schedules
-from lightning_ext.scaling import BatchRule
+from lightning_ext.scaling import HYPERPARAMETER_RULES, BatchRule
 
 
 class AdaptiveBatchSize(Callback):
@@ -60,8 +62,8 @@ class AdaptiveBatchSize(Callback):
         threshold: Least relative change that is worth making.
         monotone: Never shrink.
         scale_weight_decay: Whether decoupled weight decay follows ``lr_rule``.
-        clamp_lr: Where a :class:`GradientNoiseScale` measures and the batch is larger than the upper
-            limit of its estimate, the learning rate stops growing (and warns once).
+        clamp_lr: Where a :class:`GradientNoiseScale` measures and the batch passes the upper limit
+            of its estimate, the learning rate stops growing (and warns once).
         progress: What a step counts for schedules by samples and for ``max_samples``:
             ``"samples"``, those it takes; ``"gain"``, the reference batch times AdaScale's gain
             (``"auto"`` under ``lr_rule="adascale"``); ``"steps"``, the reference batch, so that
@@ -70,6 +72,8 @@ class AdaptiveBatchSize(Callback):
             mean gradient of its samples; ``False`` is how the Trainer does it.
         source: The :class:`GradientNoiseScale` to use where there are several.
         tokens_per_sample: Makes schedules in tokens possible.
+        on_oom: ``"split"`` runs a batch that does not fit into memory again in parts, and goes on
+            with a smaller micro-batch, on one device; ``"raise"`` ends the fit.
         reference_batch: The global batch that the hyper-parameters belong to; ``None`` means the
             one that the loader and the Trainer start with.
 
@@ -97,6 +101,7 @@ class AdaptiveBatchSize(Callback):
         source: GradientNoiseScale | None = None,
         tokens_per_sample: int | None = None,
         reference_batch: int | None = None,
+        on_oom: Literal["split", "raise"] = "split",
     ) -> None:
         check_arguments(
             {
@@ -111,8 +116,11 @@ class AdaptiveBatchSize(Callback):
                 "clamp_lr": clamp_lr,
                 "rescale_last_window": rescale_last_window,
             },
-            lr_rule,
-            progress,
+            {
+                "lr_rule": (lr_rule, ("auto", *HYPERPARAMETER_RULES)),
+                "progress": (progress, ("auto", *UNITS)),
+                "on_oom": (on_oom, ("split", "raise")),
+            },
             source,
         )
         controller = BatchController(
@@ -122,6 +130,7 @@ class AdaptiveBatchSize(Callback):
             dwell_samples=dwell_samples,
             threshold=threshold,
             monotone=monotone,
+            memory=MemoryCeiling(recover=on_oom == "split"),
         )
         self.source = source
         self._given_source = source
@@ -132,8 +141,7 @@ class AdaptiveBatchSize(Callback):
         self.batch = RunningBatch(
             controller,
             rates,
-            progress=_progress(progress, chosen),
-            tokens_per_sample=tokens_per_sample,
+            progress=Progress(_unit(progress, chosen), tokens_per_sample),
             total_samples=max_samples,
             reference_batch=reference_batch,
         )
@@ -159,6 +167,8 @@ class AdaptiveBatchSize(Callback):
         if stage != "fit":
             return
         check_fit(trainer, pl_module, self.batch)
+        if finder_of(trainer) is not None:
+            self.batch.controller.grow_micro_batch()
         if begins_anew(self, pl_module):
             self.batch.reset()
             self._clipped = ClippedFraction()
@@ -169,8 +179,8 @@ class AdaptiveBatchSize(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies the sizes to begin with, or goes on where the checkpoint stopped."""
         define_wandb_axis(trainer)
-        check_schedules(trainer)
-        self.batch.begin(trainer)
+        check_schedules(trainer, self.batch)
+        self.batch.begin(trainer, on_rerun=partial(self._read_share, trainer))
         check_ranks(trainer, self.batch)
         if trainer.fit_loop.is_resuming:
             _lightning.restore_monitored_metrics(trainer, self._monitored)
@@ -188,10 +198,13 @@ class AdaptiveBatchSize(Callback):
     ) -> None:
         """Reads how much the batch counts, and tells schedules by samples about the step."""
         _lightning.sync_first_batch(trainer)
-        self._share = _lightning.batch_share(trainer, batch, batch_idx)
+        self._read_share(trainer, batch, batch_idx)
         for config in trainer.lr_scheduler_configs:
             for schedule in sample_schedules(config.scheduler):
-                schedule.samples_per_step = self.batch.counts(self._share.window)
+                schedule.samples_per_step = self.batch.worth(self._share.window)
+
+    def _read_share(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        self._share = _lightning.batch_share(trainer, batch, batch_idx)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -215,12 +228,13 @@ class AdaptiveBatchSize(Callback):
         if not _lightning.steps_now(trainer):
             return
         self.batch.end_step(trainer, self._share.window)
+        self.batch.decide(trainer, self.source)
         if _lightning.logs_now(trainer):
             values = self.batch.values() | self._clipped.values()
             pl_module.log_dict(values, on_step=True, on_epoch=False)
-        self.batch.decide(trainer, self.source)
         self.batch.apply_due(trainer, batch_idx + 1)
-        if self.max_samples is not None and self.batch.progress_samples >= self.max_samples:
+        done = self.batch.progress.reference_samples
+        if self.max_samples is not None and done >= self.max_samples:
             trainer.should_stop = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -270,7 +284,7 @@ def _lr_rule(lr_rule: str, rule: BatchRule) -> str:
     return str(getattr(rule, "lr_rule", "auto")) if lr_rule == "auto" else lr_rule
 
 
-def _progress(progress: str, lr_rule: str) -> str:
+def _unit(progress: str, lr_rule: str) -> str:
     if progress != "auto":
         return progress
     return "gain" if lr_rule == "adascale" else "samples"

@@ -17,8 +17,9 @@ from lightning_ext.callbacks._arguments import require_bool, require_choice, req
 from lightning_ext.callbacks._batch_norm import warn_batch_norm
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
 from lightning_ext.callbacks._running_batch import RunningBatch
-from lightning_ext.optim import sample_schedules
-from lightning_ext.scaling import HYPERPARAMETER_RULES, BatchRule
+from lightning_ext.callbacks._step_schedules import warn_of_step_schedules
+from lightning_ext.optim import PowerScheduler, sample_schedules
+from lightning_ext.scaling import BatchRule
 
 _MEASURED = frozenset({"noise", "inner_products", "coordinates"})  # by GradientNoiseScale
 _OFFERED = frozenset({"loss", "lr_decay", "step_seconds"})
@@ -32,8 +33,7 @@ _RIVALS: dict[type[Callback], str] = {
 def check_arguments(
     counts: dict[str, int | None],
     switches: dict[str, bool],
-    lr_rule: str,
-    progress: str,
+    choices: dict[str, tuple[str, tuple[str, ...]]],
     source: object,
 ) -> None:
     """Refuses single arguments of the wrong type or out of range.
@@ -46,8 +46,8 @@ def check_arguments(
         require_count(name, value, optional=True)
     for name, switch in switches.items():
         require_bool(name, switch)
-    require_choice("lr_rule", lr_rule, ("auto", *HYPERPARAMETER_RULES))
-    require_choice("progress", progress, ("auto", "samples", "gain", "steps"))
+    for name, (choice, allowed) in choices.items():
+        require_choice(name, choice, allowed)
     if source is not None and not isinstance(source, GradientNoiseScale):
         raise TypeError(
             f"source was {source!r}; allowed is a GradientNoiseScale of the Trainer, or None."
@@ -95,7 +95,7 @@ def _check_unit(batch: RunningBatch) -> None:
         raise MisconfigurationException(
             "A schedule in percent needs the length of the run. Hint: set max_samples."
         )
-    if unit == "tokens" and batch.tokens_per_sample is None:
+    if unit == "tokens" and batch.progress.tokens_per_sample is None:
         raise MisconfigurationException(
             "A schedule in tokens needs to count them. Hint: set tokens_per_sample."
         )
@@ -125,12 +125,15 @@ def check_ranks(trainer: Trainer, batch: RunningBatch) -> None:
             )
 
 
-def check_schedules(trainer: Trainer) -> None:
-    """Refuses schedules by samples that would not be stepped with every optimizer step.
+def check_schedules(trainer: Trainer, batch: RunningBatch) -> None:
+    """Refuses schedules by samples that would not do what they say, and names those by steps.
 
     Raises:
-        MisconfigurationException: With the interval that was set.
+        MisconfigurationException: With the interval, or the rule, that was set.
     """
+    if batch.controller.may_change:
+        warn_of_step_schedules(trainer)
+    lr_rule = batch.rates.rule
     for config in trainer.lr_scheduler_configs:
         often = config.interval == "step" and config.frequency == 1
         if not often and any(sample_schedules(config.scheduler)):
@@ -138,6 +141,13 @@ def check_schedules(trainer: Trainer) -> None:
                 f"A SampleSchedule is stepped with interval={config.interval!r} and"
                 f" frequency={config.frequency}; samples are counted at every optimizer step. Hint:"
                 " return {'scheduler': schedule, 'interval': 'step'}."
+            )
+        powers = [s for s in sample_schedules(config.scheduler) if isinstance(s, PowerScheduler)]
+        if powers and lr_rule not in ("none", "constant"):
+            raise MisconfigurationException(
+                f"PowerScheduler makes the learning rate from the batch, and lr_rule={lr_rule!r}"
+                " would multiply it for the batch again. Hint: lr_rule='constant', or 'none', which"
+                " keeps decoupled weight decay per sample."
             )
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_ext.callbacks._arguments import require_bool, require_count, require_number
+from lightning_ext.callbacks._memory_ceiling import MemoryCeiling
 from lightning_ext.scaling import (
     ESTIMATED_FIELDS,
     BatchRule,
@@ -36,7 +37,7 @@ class BatchController:
 
     A rule that estimates nothing (a schedule) is followed to the letter, within
     ``max_global_batch``; growth, threshold, dwell and monotone damp what is estimated.
-    ``ceiling`` is the largest micro-batch that was found to fit; it may be below the start.
+    ``memory`` holds the largest micro-batch that was found to fit; it may be below the start.
     """
 
     rule: BatchRule
@@ -48,7 +49,7 @@ class BatchController:
     monotone: bool = True
     start: BatchSplit = field(default_factory=lambda: BatchSplit(1, 1))
     data_parallel_size: int = 1
-    ceiling: int | None = None
+    memory: MemoryCeiling = field(default_factory=lambda: MemoryCeiling(recover=False))
     warned: bool = False
 
     def __post_init__(self) -> None:
@@ -64,9 +65,18 @@ class BatchController:
         return bool(self.rule.needs & ESTIMATED_FIELDS)
 
     @property
+    def may_change(self) -> bool:
+        """Whether the batch may change during the run: not under a schedule of one size."""
+        return len({*getattr(self.rule, "global_batches", (0, 1))}) > 1
+
+    @property
     def damps_lr(self) -> bool:
         """Whether the learning rate gives what the batch cannot reach."""
         return bool(getattr(self.rule, "damps_lr", False))
+
+    def grow_micro_batch(self) -> None:
+        """Lets the micro-batch grow as far as memory allows, where no limit was set."""
+        self.max_micro_batch = self.max_micro_batch or self.max_global_batch
 
     def bind(self, start: BatchSplit, data_parallel_size: int) -> None:
         """Fixes the sizes that training starts with, the smallest accumulation among them.
@@ -96,7 +106,7 @@ class BatchController:
                 f"The schedule goes up to {largest}, max_global_batch={self.max_global_batch} cuts"
                 " it off there."
             )
-        fixed = self._max_micro_batch == self.start.micro_batch
+        fixed = self.largest_micro_batch == self.start.micro_batch
         unit = begins if fixed else self.start.accumulate * self.data_parallel_size
         if self.estimated and begins * self.growth < begins + unit:
             raise MisconfigurationException(
@@ -145,19 +155,20 @@ class BatchController:
             self.warned = True
             rank_zero_warn(
                 f"A global batch of {global_batch} cannot be made of {self.data_parallel_size}"
-                f" ranks × micro-batches of at most {self._max_micro_batch}: {made} is used,"
+                f" ranks × micro-batches of at most {self.largest_micro_batch}: {made} is used,"
                 " and other sizes are rounded in the same way."
             )
         return found
 
     @property
-    def _max_micro_batch(self) -> int:
+    def largest_micro_batch(self) -> int:
+        """What settings and memory allow."""
         limit = self.start.micro_batch if self.max_micro_batch is None else self.max_micro_batch
-        return limit if self.ceiling is None else min(limit, self.ceiling)
+        return min(limit, self.memory.samples or limit)
 
     @property
     def _keeps_micro_batch(self) -> bool:
-        return self.max_micro_batch is None and self._max_micro_batch == self.start.micro_batch
+        return self.max_micro_batch is None and self.largest_micro_batch == self.start.micro_batch
 
     def made_of(self, global_batch: int) -> BatchSplit:
         """The same without a warning.
@@ -168,10 +179,12 @@ class BatchController:
             return self._multiple(global_batch, self.start.accumulate) or self._least()
         units = {1 if self.max_micro_batch is None else self.start.accumulate, 1}
         found = [self._multiple(global_batch, unit) for unit in sorted(units, reverse=True)]
-        return max((split for split in found if split), key=self.global_batch, default=self._least())
+        made = [split for split in found if split]
+        return max(made, key=self.global_batch, default=self._least())
 
     def _least(self) -> BatchSplit:
-        return BatchSplit(min(self.start.micro_batch, self._max_micro_batch), self.start.accumulate)
+        micro_batch = min(self.start.micro_batch, self.largest_micro_batch)
+        return BatchSplit(micro_batch, self.start.accumulate)
 
     def _multiple(self, global_batch: int, unit: int) -> BatchSplit | None:
         micro_batch, ranks = self.start.micro_batch, self.data_parallel_size
@@ -183,6 +196,6 @@ class BatchController:
         return split_global_batch(
             global_batch,
             data_parallel_size=ranks,
-            max_micro_batch=self._max_micro_batch,
+            max_micro_batch=self.largest_micro_batch,
             min_accumulate=unit,
         )

@@ -9,10 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
 from lightning_ext.optim import BatchScaling
-from lightning_ext.scaling import NoiseScale
-from lightning_ext.scaling._rules import _supported as supported_noise_scale
-
-NOISE_RULES = ("adascale", "noise_limited", "surge")
+from lightning_ext.scaling import NOISE_RULES, NoiseScale, supported_noise_scale
 
 
 class FollowingRates:
@@ -50,7 +47,7 @@ class FollowingRates:
     @property
     def gain(self) -> float:
         """By how many steps at the reference batch one step counts."""
-        return 1.0 if self._scaling is None else self._scaling.kappa
+        return 1.0 if self._scaling is None else self._scaling.gain
 
     def begin(
         self, optimizer: Optimizer, *, reference_batch: int, before: float, kappa: float
@@ -61,13 +58,17 @@ class FollowingRates:
             self.rule,
             kappa=before,
             scale_weight_decay=self.scale_weight_decay,
+            reference_batch=reference_batch,
+            clamp=self.clamp,
+            noise_scale=self._noise,
         )
+        self._scaling.set_lr_factor(self._factor)
         self.set_kappa(kappa)
 
     def set_kappa(self, kappa: float) -> None:
         """Goes to another batch."""
         if self._scaling is not None:
-            self._scaling.set_kappa(kappa)
+            self._scaling.set_kappa(kappa, noise_scale=self._noise)
 
     def measure(self, source: GradientNoiseScale | None) -> None:
         """Follows a new measurement of the noise scale."""
@@ -81,7 +82,7 @@ class FollowingRates:
         """Has the learning rate give what the batch could not: at most 1."""
         self._factor = min(1.0, factor)
         if self._scaling is not None:
-            pass
+            self._scaling.set_lr_factor(self._factor)
 
     def release(self) -> bool:
         """Leaves the optimizer as it was; whether there was one."""

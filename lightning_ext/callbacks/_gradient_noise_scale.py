@@ -1,19 +1,18 @@
 """Measures the gradient noise scale from the parts that a global batch has anyway.
 
-Source: McCandlish et al. 2018, arXiv:1812.06162, section 2.2 and appendix A.1.
-Differs: every micro-batch of every rank is a part, parts may differ in size, averages are taken
-    before the ratio, and the estimate has a confidence interval.
+Source: McCandlish et al. 2018, arXiv:1812.06162, section 2.2 and appendix A.1; what the tests of
+    Bollapragada et al. 2018 (arXiv:1710.11258) and Lau et al. 2024 (arXiv:2402.11215) need.
+Differs: every micro-batch of every rank, or every sample, is a part, parts may differ in size,
+    averages are taken before the ratio, and the estimate has a confidence interval.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ext import scaling
@@ -31,10 +30,14 @@ from lightning_ext.callbacks._arguments import (
     require_number,
 )
 from lightning_ext.callbacks._gradient_parts import GradientParts
+from lightning_ext.callbacks._measurement import Parts, measure
+from lightning_ext.callbacks._noise_history import NoiseHistory
+from lightning_ext.callbacks._parameter_groups import ParameterGroups
 from lightning_ext.callbacks._reuse import begins_anew
+from lightning_ext.callbacks._sample_gradients import SampleGradients, refuse_batch_norm
+from lightning_ext.callbacks._sample_parts import SampleParts
 
-_NEGLIGIBLE = 1e-6  # weight of a measurement that is old enough to be forgotten
-_LONGEST = 10_000
+_TESTS = ("inner_products", "coordinates")
 
 
 class GradientNoiseScale(Callback):
@@ -45,6 +48,9 @@ class GradientNoiseScale(Callback):
     :math:`tr(\Sigma)` without bias. Only norms are kept: one number per part. Gradients are taken
     as they are before clipping, freed of the gradient scaler's and the accumulation's factors.
 
+    With ``source="per_sample"`` every sample is a part, and one micro-batch on one rank is enough:
+    on measured steps ``training_step`` runs again, mapped over single samples.
+
     At the steps that the Trainer logs, it logs ``noise_scale``, ``noise_scale_low``,
     ``noise_scale_high``, ``grad_sq_norm``, ``grad_trace``, ``steps_over_min`` and
     ``samples_over_min``: what training at the present batch costs, in steps and in samples,
@@ -53,16 +59,23 @@ class GradientNoiseScale(Callback):
     Args:
         every_n_steps: Measure every n-th optimizer step.
         smoothing: Weight of a measurement relative to the next one, in (0, 1]; 1 weighs all alike.
-        source: ``"micro_batches"`` (what ``"auto"`` means): every micro-batch of every rank.
+        source: ``"micro_batches"`` (what ``"auto"`` means): every micro-batch of every rank;
+            ``"per_sample"``: every sample.
         geometry: ``"euclidean"`` (what ``"auto"`` means): plain norms.
         per_group: Also log every value for each parameter group of the optimizer, as
             ``noise_scale_group_0`` and so on.
         prefix: What logged names begin with, to tell several of these callbacks apart.
+        tests: What is measured beside: ``"inner_products"`` (micro-batches: the gradients of all
+            parts are kept until the step) and ``"coordinates"`` (one copy of the parameters, and
+            under several ranks its reduction), on measured steps only.
+        chunk_size: Samples whose gradients are in memory together, ``None`` means those of a
+            micro-batch; 1 takes one after another without ``torch.vmap``. For ``"per_sample"``.
 
     Raises:
         ValueError: An argument out of range.
-        MisconfigurationException: At the start of fit, if a global batch has one part only, or
-            under manual optimization.
+        MisconfigurationException: ``chunk_size`` for another source; at the start of fit, if a
+            global batch has one part only, or under manual optimization; at the first step that is
+            measured sample by sample, if batch normalization or the loss couples samples.
     """
 
     def __init__(
@@ -70,36 +83,67 @@ class GradientNoiseScale(Callback):
         every_n_steps: int = 1,
         smoothing: float = 0.99,
         *,
-        source: Literal["auto", "micro_batches"] = "auto",
+        source: Literal["auto", "micro_batches", "per_sample"] = "auto",
         geometry: Literal["auto", "euclidean"] = "auto",
         per_group: bool = False,
         prefix: str = "",
+        tests: Iterable[str] = (),
+        chunk_size: int | None = None,
     ) -> None:
-        require_choice("source", source, ("auto", "micro_batches"))
+        require_choice("source", source, ("auto", "micro_batches", "per_sample"))
         require_choice("geometry", geometry, ("auto", "euclidean"))
         require_count("every_n_steps", every_n_steps)
         require_number("smoothing", smoothing, above=0, most=1)
         require_bool("per_group", per_group)
+        require_count("chunk_size", chunk_size, optional=True)
         if not isinstance(prefix, str):
             raise TypeError(f"prefix was {prefix!r}; allowed is a string.")
+        if chunk_size is not None and source != "per_sample":
+            raise MisconfigurationException(
+                f"chunk_size={chunk_size} is for single samples, and source={source!r} takes whole"
+                " micro-batches. Hint: source='per_sample'."
+            )
         self.every_n_steps = every_n_steps
         self.smoothing = smoothing
         self.source = source
         self.geometry = geometry
         self.per_group = per_group
         self.prefix = prefix
+        self.chunk_size = chunk_size
+        self.tests: tuple[str, ...] = ()
+        self.add_tests(tests)
+        settings: dict[str, Any] = {"source": source} if source == "per_sample" else {}
         self._key = self._generate_state_key(
-            every_n_steps=every_n_steps, smoothing=smoothing, per_group=per_group, prefix=prefix
+            every_n_steps=every_n_steps,
+            smoothing=smoothing,
+            per_group=per_group,
+            prefix=prefix,
+            **settings,
         )
         self.measured = False
-        self._rows: list[list[float]] = []
+        self._history = NoiseHistory(smoothing)
         self._windows = 0
-        self._parts: GradientParts | None = None
+        self._parts: Parts | None = None
+        self._samples: SampleGradients | None = None
 
     @property
     def state_key(self) -> str:
         """Tells several of these callbacks in one Trainer apart."""
         return self._key
+
+    def add_tests(self, tests: Iterable[str]) -> None:
+        """Has more measured, from the next window on.
+
+        Args:
+            tests: As the argument of the same name.
+
+        Raises:
+            ValueError: An unknown one.
+        """
+        wanted = [tests] if isinstance(tests, str) else list(tests)
+        for name in wanted:
+            require_choice("tests", name, _TESTS)
+        self.tests = tuple(name for name in _TESTS if name in {*self.tests, *wanted})
 
     def estimate(self, group: int | None = None) -> scaling.NoiseScale:
         """Returns the present estimate.
@@ -110,20 +154,43 @@ class GradientNoiseScale(Callback):
         Raises:
             ValueError: Nothing was measured yet, or there is no such group.
         """
-        groups = len(self._rows[-1]) // 3 - 1 if self._rows else 0
+        groups = self._history.groups
         if group is not None and not 0 <= group < groups:
             raise ValueError(
                 f"group was {group}; {groups} were measured. Hint: per_group=True, and estimate()"
                 " after the first measurement."
             )
-        first = 0 if group is None else 3 * (group + 1)
-        history = [(row[first], row[first + 1], row[first + 2]) for row in self._rows]
-        return scaling.noise_scale(history, smoothing=self.smoothing)
+        return self._history.estimate(group)
+
+    def inner_products(self) -> scaling.InnerProducts | None:
+        """Returns averages of what inner-product tests need, with the weights of ``smoothing``.
+
+        ``None`` if nothing was measured yet, or ``"inner_products"`` is not among ``tests``.
+        """
+        return self._history.inner_products() if "inner_products" in self.tests else None
+
+    def coordinates(self) -> dict[float, float] | None:
+        """Returns var_c/ḡ_c² of the last measurement by fraction of the coordinates c.
+
+        That fraction of the coordinates is at most there; those whose gradient was 0 in every part
+        do not count. ``None`` if nothing was measured yet, or ``"coordinates"`` is not among
+        ``tests``.
+        """
+        found = self._history.coordinates if "coordinates" in self.tests else None
+        return None if found is None else dict(found)
+
+    def skip_window(self) -> None:
+        """Leaves the running optimizer step out, as if it were not one to be measured."""
+        self.measured = False
+        if self._parts is not None:
+            self._parts.detach()
+        self._parts = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets what was measured on another module."""
         if stage == "fit" and begins_anew(self, pl_module):
-            self._rows, self._windows = [], 0
+            self._history.clear()
+            self._windows = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks that there will be something to measure."""
@@ -138,24 +205,28 @@ class GradientNoiseScale(Callback):
                 " Hint: configure_optimizers."
             )
         seen = view(trainer)
-        if seen.accumulate * seen.data_parallel_size < 2:
+        if self.source == "per_sample":
+            self._samples = SampleGradients(trainer, pl_module, self.chunk_size)
+        elif seen.accumulate * seen.data_parallel_size < 2:
             raise MisconfigurationException(
                 "The gradient noise scale needs a global batch of at least two parts; there are"
                 " accumulate_grad_batches=1 and one data-parallel rank. Hint:"
-                " Trainer(accumulate_grad_batches=2)."
+                " Trainer(accumulate_grad_batches=2), or source='per_sample'."
             )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begins a window, every n-th of them with hooks on the parameters."""
+        """Begins a window, every n-th of them to be measured."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._begin_window(trainer)
-        if self._parts is not None:
-            share = batch_share(trainer, batch, batch_idx)
-            self._parts.begin(share.local, share.loss_weight)
-            if not share.whole:  # other ranks × accumulation would cut it into other parts
-                self._drop_window()
+            self._begin_window(trainer, pl_module)
+        if self._parts is None:
+            return
+        share = batch_share(trainer, batch, batch_idx)
+        if share.whole:
+            self._parts.begin(view(trainer), batch, batch_idx, share)
+        else:  # other ranks × accumulation would cut it into other parts
+            self.skip_window()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes one part."""
@@ -165,129 +236,61 @@ class GradientNoiseScale(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Brings the parts of all ranks together, with one read of the device."""
+        """Measures, on the gradient of the whole."""
         parts, self._parts = self._parts, None
         if parts is None:
             return
         parts.detach()
-        seen = view(trainer)
-        whole = parts.whole(step_gradient_scale(trainer, optimizer))
-        scale = gradient_scale(trainer)
-        local = parts.table(seen.accumulate, seen.data_parallel_size, scale)
-        if local is None:
-            return
-        # Every rank has equally many rows, and the same last one.
-        tables = seen.gather(torch.cat([local, whole])).cpu()
-        self._measure(tables[:, :-1].flatten(0, 1), tables[0, -1, 2:].tolist())
+        found = measure(
+            parts,
+            view(trainer),
+            loss_scale=gradient_scale(trainer),
+            step_scale=step_gradient_scale(trainer, optimizer),
+            per_group=self.per_group,
+        )
+        if found is not None:
+            self._history.add(found)
+            self.measured = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs the present estimate."""
-        if self._rows and logs_now(trainer):
-            batch_size = self._rows[-1][2]
-            pl_module.log_dict(self._values(batch_size), on_step=True, on_epoch=False)
+        if len(self._history) and logs_now(trainer):
+            values = self._history.values(self.prefix, self.tests)
+            pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Removes the hooks."""
-        self._drop_window()
+        """Lets go of the module."""
+        self.skip_window()
+        self._samples = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Removes the hooks."""
-        self._drop_window()
+        """Lets go of the module."""
+        self.skip_window()
+        self._samples = None
 
     def state_dict(self) -> dict[str, Any]:
         """The measurements that still count."""
-        history = torch.tensor(self._rows, dtype=torch.float64)
-        return {"history": history, "windows": self._windows}
+        return {**self._history.state_dict(), "windows": self._windows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from the measurements of the checkpoint."""
-        self._rows = state_dict["history"].tolist()
+        self._history.load_state_dict(state_dict)
         self._windows = state_dict["windows"]
 
-    def _begin_window(self, trainer: Trainer) -> None:
-        self._drop_window()
+    def _begin_window(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.skip_window()
         if self._windows % self.every_n_steps == 0:
-            groups = [group["params"] for group in trainer.optimizers[0].param_groups]
-            self._parts = GradientParts(groups)
+            self._parts = self._new_parts(trainer, pl_module)
         self._windows += 1
 
-    def _drop_window(self) -> None:
-        self.measured = False
-        if self._parts is not None:
-            self._parts.detach()
-        self._parts = None
-
-    def _measure(self, parts: Tensor, whole: list[float]) -> None:
-        row = _statistics(parts.tolist(), whole, self.per_group)
-        if row is None:
-            return
-        if self._rows and len(self._rows[0]) != len(row):
-            self._rows.clear()  # the optimizer has other parameter groups now
-        self._rows.append(row)
-        del self._rows[: -_history_length(self.smoothing)]
-        self.measured = True
-
-    def _values(self, global_batch: float) -> dict[str, float]:
-        values = _named(self.estimate(), global_batch, self.prefix, "")
-        for group in range(len(self._rows[-1]) // 3 - 1):
-            noise = self.estimate(group)
-            values |= _named(noise, global_batch, self.prefix, f"_group_{group}")
-        return values
-
-
-def _statistics(
-    parts: list[list[float]], whole: list[float], per_group: bool
-) -> list[float] | None:
-    """One measurement: three numbers for all parameters, then three for each group.
-
-    ``None`` where it would mean nothing: fewer than two parts, a gradient that is not finite (a
-    gradient scaler skips the step), or a whole that is not the samples' mean.
-    """
-    parts = [part for part in parts if part[0] > 0]
-    sizes = [part[0] for part in parts]
-    if len(parts) < 2 or not all(math.isfinite(x) for row in [*parts, whole] for x in row):
-        return None
-    mean_weight = sum(part[1] for part in parts)
-    if any(
-        not math.isclose(weight / size, mean_weight / sum(sizes), rel_tol=1e-6)
-        for size, weight, *_ in parts
-    ):
-        return None
-    squares = [part[2:] for part in parts]
-    means = [value / mean_weight**2 for value in whole]
-    row = _measurement([sum(square) for square in squares], sizes, sum(means))
-    for group in range(len(means) if per_group else 0):
-        row += _measurement([square[group] for square in squares], sizes, means[group])
-    return row
-
-
-def _measurement(part_sq_norms: list[float], sizes: list[float], whole: float) -> list[float]:
-    return [*scaling.noise_statistics(part_sq_norms, sizes, whole), sum(sizes)]
-
-
-def _named(
-    noise: scaling.NoiseScale, global_batch: float, prefix: str, suffix: str
-) -> dict[str, float]:
-    efficiency = scaling.BatchEfficiency(math.nan, math.nan)
-    if not math.isnan(noise.value):  # it is where all gradients are 0
-        efficiency = scaling.batch_efficiency(global_batch, max(noise.value, 0.0))
-    values = {
-        "noise_scale": noise.value,
-        "noise_scale_low": noise.low,
-        "noise_scale_high": noise.high,
-        "grad_sq_norm": noise.grad_sq_norm,
-        "grad_trace": noise.grad_trace,
-        "steps_over_min": efficiency.steps_over_min,
-        "samples_over_min": efficiency.samples_over_min,
-    }
-    return {prefix + name + suffix: float(value) for name, value in values.items()}
-
-
-def _history_length(smoothing: float) -> int:
-    if smoothing == 1:
-        return _LONGEST
-    return min(_LONGEST, math.ceil(math.log(_NEGLIGIBLE) / math.log(smoothing)) + 1)
+    def _new_parts(self, trainer: Trainer, pl_module: LightningModule) -> Parts:
+        parameters = ParameterGroups(trainer.optimizers[0])
+        wanted = {name: name in self.tests for name in _TESTS}
+        if self._samples is None:
+            return GradientParts(parameters, **wanted)
+        refuse_batch_norm(pl_module)
+        return SampleParts(parameters, self._samples, **wanted)

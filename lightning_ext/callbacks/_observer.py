@@ -6,15 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 
-from lightning_ext import _lightning
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
-from lightning_ext.scaling import BatchSplit
+from lightning_ext.callbacks._running_loss import RunningLoss
+from lightning_ext.scaling import BatchSplit, StepTime
 
-_MEMORY_BATCHES = 50  # of the running mean of the loss, in reference batches
 _UNSTEADY_STEPS = 2  # at a new size: allocation, caches
 
 
@@ -31,8 +28,7 @@ class Observer:
 
     def reset(self) -> None:
         """Forgets a run."""
-        self._loss: Tensor | float = 0.0  # sum of losses, weighted by age; on the device
-        self._weight: Tensor | float = 0.0
+        self._loss = RunningLoss()
         self._first_loss: float | None = None
         self._first_grad_sq_norm: float | None = None
         self._largest_lr = 0.0
@@ -43,20 +39,23 @@ class Observer:
         """Says that what follows is not training alone, so that its time does not count."""
         self._ended: float | None = None
 
-    def add_loss(self, outputs: Any, samples: int, reference_batch: int) -> None:
+    def add_loss(self, outputs: Any, samples: int, accumulate: int) -> None:
         """Adds the mean loss of one batch of this rank."""
-        if "loss" not in self.needs or not samples:
-            return
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
-            kept = (1 - 1 / _MEMORY_BATCHES) ** (samples / reference_batch)
-            value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
-            finite = torch.isfinite(value)
-            self._loss = self._loss * kept + torch.where(finite, value, 0.0) * samples
-            self._weight = self._weight * kept + finite * samples
+        if "loss" in self.needs:
+            self._loss.add(outputs, samples, accumulate)
 
-    def end_step(self, trainer: Trainer, sizes: BatchSplit, *, whole: bool) -> None:
-        """Notes the time of an optimizer step, and the learning rate that it was scheduled."""
+    def end_step(
+        self,
+        trainer: Trainer,
+        sizes: BatchSplit,
+        *,
+        samples: int,
+        reference_batch: int,
+        whole: bool,
+    ) -> None:
+        """Notes loss and time of an optimizer step, and the learning rate that it was scheduled."""
+        if "loss" in self.needs:
+            self._loss.end_window(samples, reference_batch)
         if "lr_decay" in self.needs:
             self._largest_lr = max(self._largest_lr, _scheduled_lr(trainer))
         if "step_seconds" in self.needs:
@@ -79,7 +78,7 @@ class Observer:
             "noise": lambda: source.estimate() if source and source.measured else None,
             "inner_products": lambda: source.inner_products() if source else None,
             "coordinates": lambda: source.coordinates() if source else None,
-            "loss": lambda: self._mean_loss(trainer),
+            "loss": lambda: self._loss.mean(trainer),
             "lr_decay": lambda: _ratio(_scheduled_lr(trainer), self._largest_lr),
             "step_seconds": lambda: self._predictor(split),
         }
@@ -91,8 +90,7 @@ class Observer:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         return {
-            "loss": float(self._loss),
-            "weight": float(self._weight),
+            "loss": self._loss.state_dict(),
             "first_loss": self._first_loss,
             "first_grad_sq_norm": self._first_grad_sq_norm,
             "largest_lr": self._largest_lr,
@@ -101,23 +99,18 @@ class Observer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from them."""
-        self._loss, self._weight = state["loss"], state["weight"]
+        self._loss.load_state_dict(state["loss"])
         self._first_loss = state["first_loss"]
         self._first_grad_sq_norm = state["first_grad_sq_norm"]
         self._largest_lr = state["largest_lr"]
         self._times = {(m, k): (n, s) for m, k, n, s in state["times"]}
 
-    def _mean_loss(self, trainer: Trainer) -> float | None:
-        device = trainer.strategy.root_device
-        own = torch.tensor([float(self._loss), float(self._weight)], device=device)
-        total, weight = _lightning.view(trainer).gather(own).sum(0).tolist()
-        return total / weight if weight > 0 else None
-
     def _firsts(self, found: dict[str, Any]) -> dict[str, float | None]:
         if self._first_loss is None:
             self._first_loss = found.get("loss")
         if self._first_grad_sq_norm is None and "noise" in found:
-            self._first_grad_sq_norm = found["noise"].grad_sq_norm
+            sq_norm = found["noise"].grad_sq_norm  # an unbiased estimate may be below 0
+            self._first_grad_sq_norm = sq_norm if sq_norm > 0 else None
         return {"first_loss": self._first_loss, "first_grad_sq_norm": self._first_grad_sq_norm}
 
     def _note_time(self, sizes: BatchSplit, *, whole: bool) -> None:
@@ -135,8 +128,6 @@ class Observer:
         rows = [(*sizes, mean, steps) for sizes, (steps, mean) in self._times.items() if steps > 0]
         if not rows:
             return None
-        from lightning_ext.scaling import StepTime
-
         times = StepTime.fit(rows)
         return lambda global_batch: times.seconds(*split(global_batch))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -14,6 +16,7 @@ from lightning_ext.callbacks._batch_warnings import warn_of_short_epochs, warn_o
 from lightning_ext.callbacks._following_rates import FollowingRates
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
 from lightning_ext.callbacks._observer import Observer
+from lightning_ext.callbacks._progress import Progress
 from lightning_ext.data import AdaptiveBatchSampler
 from lightning_ext.scaling import BatchSplit, Observation
 
@@ -26,9 +29,7 @@ class RunningBatch:
     Args:
         controller: The rule with its limits.
         rates: The hyper-parameters that follow.
-        progress: What a step counts for schedules and the end of the run: ``"samples"``, its
-            samples; ``"gain"``, by how many reference batches it helps; ``"steps"``, one.
-        tokens_per_sample: For schedules in tokens.
+        progress: Counts what was seen.
         total_samples: For schedules in percent.
         reference_batch: The global batch that the hyper-parameters belong to.
     """
@@ -38,8 +39,7 @@ class RunningBatch:
         controller: BatchController,
         rates: FollowingRates,
         *,
-        progress: str,
-        tokens_per_sample: int | None,
+        progress: Progress,
         total_samples: int | None,
         reference_batch: int | None,
     ) -> None:
@@ -47,7 +47,6 @@ class RunningBatch:
         self.rates = rates
         self.observer = Observer(controller.rule.needs)
         self.progress = progress
-        self.tokens_per_sample = tokens_per_sample
         self.total_samples = total_samples
         self._given_reference = reference_batch
         self._sampler: AdaptiveBatchSampler | None = None
@@ -57,12 +56,11 @@ class RunningBatch:
     def reset(self) -> None:
         """Forgets everything that a run has brought."""
         self.reference_batch = self._given_reference
-        self.samples_seen = 0
-        self.progress_samples = 0.0
         self.last_change = 0
         self.last_decision: Decision | None = None
         self.position: dict[str, Any] | None = None  # in the data, as last known
         self._in_force: BatchSplit | None = None
+        self.progress.reset()
         self.rates.reset()
         self.observer.reset()
 
@@ -94,6 +92,11 @@ class RunningBatch:
         return self.controller.global_batch(self.in_force)
 
     @property
+    def samples_seen(self) -> int:
+        """Samples of all optimizer steps so far."""
+        return self.progress.samples_seen
+
+    @property
     def kappa(self) -> float:
         """Global batch over reference batch."""
         return self.global_batch / (self.reference_batch or self.global_batch)
@@ -111,8 +114,13 @@ class RunningBatch:
         sampler.user_sizes = start
         sampler.resize(*self._first_sizes(trainer, sampler, start))
 
-    def begin(self, trainer: Trainer) -> None:
-        """Sets accumulation and hyper-parameters before the first batch."""
+    def begin(self, trainer: Trainer, on_rerun: Callable[[Any, int], None]) -> None:
+        """Sets accumulation and hyper-parameters before the first batch.
+
+        Args:
+            trainer: The Trainer in ``on_train_start``.
+            on_rerun: Told of a batch and its index before it is run again for lack of memory.
+        """
         self._sampler = _lightning.live_sampler(trainer)
         if self._in_force is None or not trainer.fit_loop.is_resuming:
             self._in_force = _sizes(self.sampler, 0)
@@ -127,6 +135,8 @@ class RunningBatch:
             before=self.kappa if ours else 1.0,
             kappa=self.kappa,
         )
+        self.controller.memory.begin(trainer, on_rerun)
+        self._ask_for(trainer, self.in_force, self.global_batch, "memory")
 
     def begin_epoch(self, trainer: Trainer) -> None:
         """Turns the sampler to the epoch that the Trainer begins."""
@@ -137,28 +147,31 @@ class RunningBatch:
         self.apply_due(trainer, 0)
         _lightning.sync_lengths(trainer)
 
-    def counts(self, window_samples: int) -> float:
+    def worth(self, samples: int) -> float:
         """What a step of so many samples counts for schedules and the end of the run."""
-        if self.progress == "samples":
-            return window_samples
-        reference = self.reference_batch or self.global_batch
-        part = window_samples / self.global_batch  # a cut window is a part of a step
-        return reference * part * (self.rates.gain if self.progress == "gain" else 1.0)
+        return self.progress.worth(samples, kappa=self.kappa, gain=self.rates.gain)
 
     def add_loss(self, outputs: Any, samples: int) -> None:
         """Notes the loss of one batch, where the rule reads it."""
-        self.observer.add_loss(outputs, samples, self.reference_batch or self.global_batch)
+        self.observer.add_loss(outputs, samples, self.in_force.accumulate)
 
     def end_step(self, trainer: Trainer, window_samples: int) -> None:
         """Counts an optimizer step that took so many samples."""
-        self.samples_seen += window_samples
-        self.progress_samples += self.counts(window_samples)
-        whole = window_samples == self.global_batch
-        self.observer.end_step(trainer, self.in_force, whole=whole)
+        self.progress.add(window_samples, self.worth(window_samples))
+        self.observer.end_step(
+            trainer,
+            self.in_force,
+            samples=window_samples,
+            reference_batch=self.reference_batch or self.global_batch,
+            whole=window_samples == self.global_batch,
+        )
 
     def decide(self, trainer: Trainer, source: GradientNoiseScale | None) -> None:
         """Asks the rule, and has every rank ask for the same sizes once the last are in force."""
         self.rates.measure(source)
+        if self.sampler.batch_size > self.controller.largest_micro_batch:
+            split = self.controller.split(self.global_batch)
+            self._ask_for(trainer, split, self.global_batch, "out of memory")
         if not (self._may_change() or self.controller.damps_lr):
             return
         observation = self._observe(trainer, self.global_batch, source)
@@ -171,14 +184,21 @@ class RunningBatch:
             self.rates.damp(largest / decision.proposal.target_batch)
         if self._may_change():
             (target,) = _lightning.view(trainer).largest(decision.global_batch)
-            self._ask_for(trainer, self.controller.split(self._within_epoch(target)))
+            target = self._within_epoch(target)
+            split = self.controller.split(target)
+            self._ask_for(trainer, split, target, decision.proposal.reason)
 
     def _may_change(self) -> bool:
         asked = BatchSplit(self.sampler.batch_size, self.sampler.accumulate)
         since = self.samples_seen - self.last_change
         return asked == self._in_force and not self.controller.dwells(self.global_batch, since)
 
-    def _ask_for(self, trainer: Trainer, split: BatchSplit) -> None:
+    def _ask_for(
+        self, trainer: Trainer, wanted: BatchSplit, global_batch: int, reason: str
+    ) -> None:
+        """Has the sampler go to sizes, or to those of the same batch that fit into memory."""
+        again = partial(self.controller.split, global_batch)
+        split = self.controller.memory.fits(trainer, wanted, again)
         if split == self._in_force:
             return
         view = _lightning.view(trainer)
@@ -188,7 +208,7 @@ class RunningBatch:
         _log.info(
             "global batch %d → %d after %d samples: %s",
             *(self.global_batch, self.controller.global_batch(split), self.samples_seen),
-            self.last_decision.proposal.reason if self.last_decision else "memory",
+            reason,
         )
 
     def apply_due(self, trainer: Trainer, next_batch: int) -> None:
@@ -212,21 +232,18 @@ class RunningBatch:
             "global_batch": float(self.global_batch),
             "micro_batch": float(self.in_force.micro_batch),
             "accumulate": float(self.in_force.accumulate),
-            "samples_seen": float(self.samples_seen),
+            **self.progress.values(),
         }
         if self.rates.last_lr is not None:
             values["lr_scaled"] = self.rates.last_lr
-        if self.progress != "samples":
-            values["progress_samples"] = self.progress_samples
         if self.last_decision is not None:
             values["target_batch"] = float(self.last_decision.proposal.target_batch)
             values["statistic"] = float(self.last_decision.proposal.statistic)
-        if self.tokens_per_sample is not None:
-            values["tokens_seen"] = float(self.samples_seen * self.tokens_per_sample)
         return values
 
     def release(self, trainer: Trainer) -> None:
         """Gives the Trainer and the optimizer back as they were."""
+        self.controller.memory.end()
         _lightning.uninstall_sampler(trainer)
         if self.rates.release():
             trainer.accumulate_grad_batches = self.controller.start.accumulate
@@ -241,10 +258,10 @@ class RunningBatch:
         """Sizes, counts and the position in the data."""
         return {
             "reference_batch": self.reference_batch,
-            "samples_seen": self.samples_seen,
-            "progress_samples": self.progress_samples,
+            "progress": self.progress.state_dict(),
             "rates": self.rates.state_dict(),
             "observer": self.observer.state_dict(),
+            "ceiling": self.controller.memory.samples,
             "last_change": self.last_change,
             "in_force": None if self._in_force is None else list(self._in_force),
             "sampler": self._sampler.state_dict() if self._sampler else self.position,
@@ -253,10 +270,10 @@ class RunningBatch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes sizes and counts; the position waits for the loader."""
         self.reference_batch = state["reference_batch"]
-        self.samples_seen = state["samples_seen"]
-        self.progress_samples = state["progress_samples"]
+        self.progress.load_state_dict(state["progress"])
         self.rates.load_state_dict(state["rates"])
         self.observer.load_state_dict(state["observer"])
+        self.controller.memory.samples = state["ceiling"]
         self.last_change = state["last_change"]
         sizes = state["in_force"]
         self._in_force = None if sizes is None else BatchSplit(*sizes)
@@ -288,11 +305,10 @@ class RunningBatch:
         fields = self.observer.observe(trainer, source, self.controller.made_of)
         if fields is None:
             return None
-        per_sample = self.tokens_per_sample
         return Observation(
             global_batch=global_batch,
             samples_seen=self.samples_seen,
-            tokens_seen=None if per_sample is None else self.samples_seen * per_sample,
+            tokens_seen=self.progress.tokens_seen,
             total_samples=self.total_samples,
             reference_batch=self.reference_batch,
             max_global_batch=self.controller.max_global_batch,

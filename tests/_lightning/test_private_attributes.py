@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loops.evaluation_loop import RestartStage as EvaluationStage
 from lightning.pytorch.loops.fit_loop import RestartStage as FitStage
+from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as EpochStage
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
@@ -278,3 +280,64 @@ def test_the_total_of_the_rich_bar() -> None:
 
     fit([During(change), bar], max_epochs=1, enable_progress_bar=True)
     assert totals == [6]
+
+
+def test_the_loop_takes_its_closures_from_an_attribute() -> None:
+    made: list[tuple[list[str], bool, int]] = []
+
+    class Overlay(Callback):
+        def on_train_start(self, run: Any, module: Any) -> None:
+            loop = run.fit_loop.epoch_loop.automatic_optimization
+            make = loop._make_closure
+
+            def note(kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
+                made.append((list(kwargs), optimizer is run.optimizers[0], batch_idx))
+                return make(kwargs, optimizer, batch_idx)
+
+            loop._make_closure = note
+
+    fit([Overlay()], train=loader(12), max_epochs=1)
+    assert made == [(["batch", "batch_idx"], True, i) for i in range(3)]
+
+
+def test_a_closure_is_made_of_step_backward_and_zero_grad() -> None:
+    found: list[tuple[bool, bool]] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, run: Any, module: Any, batch: Any, i: int) -> None:
+            loop, optimizer = run.fit_loop.epoch_loop.automatic_optimization, run.optimizers[0]
+            result = loop._make_step_fn(OrderedDict(batch=batch, batch_idx=i))()
+            assert isinstance(result, ClosureResult)
+            loop._make_backward_fn(optimizer)(result.closure_loss)
+            zero_grad = loop._make_zero_grad_fn(i, optimizer)
+            if zero_grad is not None:
+                zero_grad()
+            found.append((zero_grad is None, module.net[0].weight.grad is None))
+
+    fit([Look()], train=loader(8), max_epochs=1)
+    assert found == [(False, True), (True, False)]
+
+
+def test_the_name_of_the_running_hook_is_set_and_put_back() -> None:
+    found: list[Any] = []
+
+    class Look(Callback):
+        def on_before_backward(self, run: Any, module: Any, loss: Any) -> None:
+            found.append(module._current_fx_name)
+
+    module, _ = fit([Look()], train=loader(4), max_epochs=1)
+    assert found == ["on_before_backward"]
+    assert module._current_fx_name is None
+
+
+def test_what_is_logged_counts_as_the_batch_in_the_results() -> None:
+    class Log(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.trainer._results.batch, self.trainer._results.batch_size = torch.zeros(7), None
+            self.log("seven", 1.0, on_step=False, on_epoch=True)
+            sizes.append(self.trainer._results.batch_size)
+            return super().training_step(batch, batch_idx)
+
+    sizes: list[Any] = []
+    fit(module=Log(), train=loader(4), max_epochs=1)
+    assert sizes == [7]

@@ -229,6 +229,7 @@ def test_schedules_by_samples_keep_their_meaning() -> None:
     ],
     ids=["StepLR", "OneCycleLR", "ReduceLROnPlateau"],
 )
+@pytest.mark.filterwarnings("ignore:The global batch may change, and with interval")
 def test_torch_schedulers_see_reference_values(make: Any) -> None:
     adaptive = AdaptiveBatchSize("0:8 48:32", max_micro_batch=16)
     _, run = fit(

@@ -24,7 +24,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, SequentialSampler
 
 from lightning_ext import callbacks
-from lightning_ext.callbacks import EMA, AdaptiveBatchSize, GradientNoiseScale
+from lightning_ext.callbacks import (
+    EMA,
+    AdaptiveBatchSize,
+    GradientNoiseScale,
+    GradientNormRecorder,
+    LargeBatchRecipe,
+    MicroBatchFinder,
+)
 from lightning_ext.data import AdaptiveBatchSampler
 
 
@@ -51,6 +58,21 @@ CONTRACTS = {
         neutral=lambda: GradientNoiseScale(),
         at_work=lambda: GradientNoiseScale(every_n_steps=2),
         another=lambda: GradientNoiseScale(every_n_steps=3),
+    ),
+    "GradientNormRecorder": Contract(
+        neutral=lambda: GradientNormRecorder(),
+        at_work=lambda: GradientNormRecorder(norm="l1"),
+        another=lambda: GradientNormRecorder(norm="l2"),
+    ),
+    "LargeBatchRecipe": Contract(
+        neutral=lambda: LargeBatchRecipe(),
+        at_work=lambda: LargeBatchRecipe(reference_batch=1),
+        another=lambda: LargeBatchRecipe(reference_batch=2),
+    ),
+    "MicroBatchFinder": Contract(
+        neutral=lambda: MicroBatchFinder(max_micro_batch=8),
+        at_work=lambda: MicroBatchFinder(max_micro_batch=5),
+        another=None,
     ),
 }
 
@@ -148,6 +170,7 @@ def in_float64(name: str, accumulate: int, devices: int) -> Any:
     state, tensors = state_of(callback)
     state.pop("sampler", None)
     state.pop("in_force", None)
+    state.pop("found_on", None)
     history = [state.pop("history").flatten()] if "history" in state else []
     numbers = torch.cat([*history, *(t.flatten() for t in tensors.values()), torch.zeros(1)])
     weights = torch.cat([p.detach().flatten() for p in module.parameters()])

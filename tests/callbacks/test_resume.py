@@ -20,6 +20,8 @@ from lightning_ext.callbacks import EMA, AdaptiveBatchSize
 from lightning_ext.data import AdaptiveBatchSampler
 from lightning_ext.optim import SampleSchedule
 
+pytestmark = pytest.mark.filterwarnings("ignore:The global batch may change, and with interval")
+
 
 class Expectant(Classifier):
     """Asks how many steps there will be, and so has the loader set up before the restore."""

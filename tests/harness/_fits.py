@@ -14,6 +14,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
     "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1),
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2),
+    "unit": lambda params: torch.optim.SGD(params, lr=1.0),
 }
 
 
