@@ -83,9 +83,9 @@ def summarize(groups: Groups, switches: dict[str, int]) -> Iterator[dict[str, st
 
 
 def show(rows: list[dict[str, str]]) -> None:
-    """Prints the rows without what they have in common."""
-    names = [name for name in rows[0] if name not in ("commit", "torch", "lightning", "date")]
-    shown = [name for name in names if not name.endswith(("band_end", "band_end_sd"))]
+    """Prints the columns that matter most."""
+    shown = ["task", "optimizer", "factor", "rule"]
+    shown += [f"{w}_{name}" for w in WEIGHTS for name in ("mean", "inside", "paired", "end")]
     table = Table(*shown)
     for row in rows:
         table.add_row(*(row[name] for name in shown))
@@ -106,6 +106,8 @@ def draw(groups: Groups, task: str, switch: int, path: Path) -> None:
         _panel(axes, chosen, switch, WEIGHTS[weights])
         axes.set(title=f"{optimizer}, {weights} weights", xlabel="samples", yscale="log")
         axes.set_ylabel("validation loss")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which("{x:.2g}")
     for axes in grid[:, -1]:
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=100)
@@ -117,12 +119,14 @@ def _panel(axes: Axes, chosen: dict[tuple[int, str], Group], switch: int, column
     samples, middle, width = mean[after, 0], mean[after, column], WIDTH * sd[after, column]
     label = "constant, mean ± 2 sd of seeds"
     axes.fill_between(samples, middle - width, middle + width, color="0.8", label=label)
+    drawn = [middle]
     for factor, rule in sorted(chosen, key=lambda key: (RULES.index(key[1]), key[0])):
         if factor > 1:
-            curves = np.stack(list(chosen[factor, rule].values()))[:, after, column]
-            form = f"C{RULES.index(rule)}" + ("-" if factor == 16 else "--")
-            axes.plot(samples, curves.mean(0), form, label=f"{rule}, × {factor}", linewidth=1.2)
-    axes.set_ylim(0.5 * middle[-1], 1.3 * middle[0])
+            place = RULES.index(rule)
+            form = f"C{place}" + ("-" if factor == 16 else "--")
+            drawn.append(np.stack(list(chosen[factor, rule].values()))[:, after, column].mean(0))
+            axes.plot(samples, drawn[-1], form, label=f"{rule}, × {factor}", zorder=9 - place)
+    axes.set_ylim(np.nanmin(drawn) * 0.98, np.nanmax(drawn) * 1.02)
 
 
 def _largest(values: Array) -> float:

@@ -108,12 +108,12 @@ def in_child(work: Callable[[], None], *, limit_bytes: int, seconds: float) -> O
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
     if report is None:
-        return _of_the_dead(status, peak > limit_bytes, peak - held, reason)
+        return _of_the_dead(status, max(peak - held, 0), reason)
     return _of_the_living(report, limit_bytes, held)
 
 
 def _of_the_living(report: _Report, limit_bytes: int, held: int) -> Outcome:
-    peak = report.peak - held
+    peak = max(report.peak - held, 0)
     if report.ended == "out of memory" or report.peak > limit_bytes:
         return Outcome(False, peak, "out of memory")
     if report.ended == "raised":
@@ -121,10 +121,8 @@ def _of_the_living(report: _Report, limit_bytes: int, held: int) -> Outcome:
     return Outcome(True, peak)
 
 
-def _of_the_dead(status: int, above_limit: bool, peak: int, reason: str) -> Outcome:
+def _of_the_dead(status: int, peak: int, reason: str) -> Outcome:
     died_of = os.waitstatus_to_exitcode(status)
-    if above_limit:
-        return Outcome(False, peak, "out of memory")
     if reason or died_of == -signal.SIGKILL:
         return Outcome(False, peak, reason or "killed")
     how = signal.Signals(-died_of).name if died_of < 0 else f"exit code {died_of}"

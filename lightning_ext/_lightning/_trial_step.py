@@ -26,7 +26,7 @@ from lightning_ext._lightning._view import view
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
-def try_training(trainer: Trainer, make_batch: Callable[[], Any]) -> None:
+def try_training(trainer: Trainer, make_batch: Callable[[], Any], *, steps: int = 1) -> None:
     """Trains on a batch as later in the run: gradients and the optimizer's state are there.
 
     Where they are not yet, a first step makes them. No hook of a callback, the module or the
@@ -36,11 +36,12 @@ def try_training(trainer: Trainer, make_batch: Callable[[], Any]) -> None:
     Args:
         trainer: The Trainer in fit, between two optimizer steps, with automatic optimization.
         make_batch: Makes the batch, on the host, as a loader does.
+        steps: Steps to take when gradients and the optimizer's state are there.
     """
     fresh = _is_fresh(trainer)
     with _alone(trainer):
         reduced = _buckets_to_come(trainer) if fresh else []
-        for _ in range(2 if fresh else 1):
+        for _ in range(fresh + steps):
             trial_step(trainer, _on_device(trainer, make_batch()))
         del reduced
 

@@ -31,6 +31,8 @@ from lightning_ext._lightning._view import view
 
 Trial = Callable[[Callable[[], Any]], Outcome]
 
+_STEPS_IN_A_CHILD = 3  # the host's allocator holds more after some steps than after one
+
 
 class TrialMemory:
     """How much memory a trial may take, and where it runs.
@@ -103,7 +105,9 @@ def trials(trainer: Trainer, memory: TrialMemory, *, seconds: float) -> Iterator
     if memory.forks:
         limit = 0 if memory.limit is None else memory.limit
         yield lambda make: in_child(
-            partial(try_training, trainer, make), limit_bytes=limit, seconds=seconds
+            partial(try_training, trainer, make, steps=_STEPS_IN_A_CHILD),
+            limit_bytes=limit,
+            seconds=seconds,
         )
         return
     with state_restored(trainer) as restore, _device_limit(memory):

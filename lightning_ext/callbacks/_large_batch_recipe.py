@@ -21,7 +21,6 @@ from lightning_ext.callbacks import _recipe_rates as rates
 from lightning_ext.callbacks._arguments import require_choice, require_count, require_number
 from lightning_ext.callbacks._clipping import ClippedFraction
 from lightning_ext.callbacks._recipe_run import Advice, RecipeRun, known_noise, sizes_of
-from lightning_ext.callbacks._reuse import begins_anew
 
 CHECKS: tuple[Callable[[RecipeRun], list[Advice]], ...] = (
     rates.warmup,
@@ -100,11 +99,9 @@ class LargeBatchRecipe(Callback):
         return "\n".join(_line(advice) for advice in self.advice)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets what was said of another module."""
+        """Begins anew; a checkpoint is loaded after this."""
         if stage == "fit":
-            if begins_anew(self, pl_module):
-                self._reset()
-            self._looked = False
+            self._reset()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -174,7 +171,9 @@ class LargeBatchRecipe(Callback):
 
     def _tell(self, news: list[Advice]) -> None:
         self._told += news
-        problems = [advice for advice in news if advice.severity == "warning"]
+        # What was said in the run before is no less a reason to stop.
+        looked_at = self.advice if self.on_problem == "raise" else news
+        problems = [advice for advice in looked_at if advice.severity == "warning"]
         text = "LargeBatchRecipe:\n" + "\n".join(_line(advice) for advice in problems)
         if problems and self.on_problem == "raise":
             raise MisconfigurationException(text)

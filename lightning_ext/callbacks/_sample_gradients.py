@@ -182,8 +182,7 @@ class _Step(nn.Module):
     def forward(self, batch: Any, batch_idx: int) -> Any:
         """As the Trainer calls it."""
         with self._context():
-            index = {"batch_idx": batch_idx} if self._takes_index else {}
-            return self.module.training_step(batch, **index)
+            return self.module.training_step(batch, *([batch_idx] if self._takes_index else []))
 
     def loss(self, params: Mapping[str, Tensor], batch: Any, batch_idx: int) -> Tensor:
         """The loss at other parameters; buffers are copies."""

@@ -227,3 +227,25 @@ def test_the_setting_tells_modules_and_precisions_apart() -> None:
 def test_the_combined_loader_is_known_before_training_starts() -> None:
     assert trainer().fit_loop._combined_loader is None
     assert len(at_start(lambda run: run.fit_loop._combined_loader.flattened)) == 1
+
+
+@pytest.mark.parametrize(("subprocess", "steps"), [(True, 4), (False, 2)])
+def test_a_trial_takes_as_many_steps_as_memory_needs_to_settle(
+    subprocess: bool, steps: int
+) -> None:
+    def look(run: Any) -> list[bool]:
+        def fits_until(last: int) -> bool:
+            calls: list[int] = []
+
+            def make() -> Any:
+                calls.append(1)
+                if len(calls) == last:
+                    raise torch.OutOfMemoryError("made up")
+                return batch_maker(run)(4)
+
+            with trials(run, memory_of(run, subprocess=subprocess), seconds=30) as fits:
+                return fits(make).fits
+
+        return [fits_until(steps), fits_until(steps + 1)]
+
+    assert at_start(look) == [False, True]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import pickle
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import fit, loader
-from harness._recipes import RecipeModule, decayed, look
+from harness._recipes import RecipeModule, decayed, look, topics
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
@@ -33,7 +35,7 @@ def test_it_looks_again_when_the_batch_has_grown_fourfold(last: int) -> None:
 
 def told(capsys: pytest.CaptureFixture[str], recipe: LargeBatchRecipe, **settings: Any) -> str:
     capsys.readouterr()
-    fit([recipe], module=RecipeModule(optimizer=decayed), max_epochs=1, **settings)
+    fit([recipe], module=RecipeModule(optimizer=decayed), **{"max_epochs": 1, **settings})
     return capsys.readouterr().out
 
 
@@ -43,10 +45,27 @@ def test_it_prints_a_table_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.count("Large-batch recipe") == 1
     assert "weight decay" in out
     assert "Goyal" in out
-    again = LargeBatchRecipe()
-    again.load_state_dict(recipe.state_dict())
-    assert told(capsys, again, train=loader(97)) == ""
-    assert again.advice == recipe.advice
+    assert told(capsys, recipe, train=loader(97)) == out
+
+
+def test_a_resumed_run_says_nothing_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, again, path = LargeBatchRecipe(), LargeBatchRecipe(), tmp_path / "end.ckpt"
+    _, run = fit([recipe], module=RecipeModule(optimizer=decayed), max_epochs=1)
+    run.save_checkpoint(path)
+    assert told(capsys, again, max_epochs=2, ckpt_path=path) == ""
+    assert topics(again) == {"weight decay": "advice"}
+
+
+@pytest.mark.parametrize("on_problem", ["raise", "print"])
+def test_a_resumed_run_is_stopped_all_the_same(tmp_path: Path, on_problem: str) -> None:
+    module, path = RecipeModule(nn.MSELoss(reduction="sum")), tmp_path / "end.ckpt"
+    _, run = fit([LargeBatchRecipe()], module=module, max_epochs=1)
+    run.save_checkpoint(path)
+    stops = pytest.raises(MisconfigurationException) if on_problem == "raise" else nullcontext()
+    with stops:
+        fit([LargeBatchRecipe(on_problem=on_problem)], module=module, ckpt_path=str(path))
 
 
 def test_without_rich_it_writes_lines(

@@ -368,9 +368,15 @@ class WithoutIndex(Net):
         return super().training_step(batch, 0)
 
 
-def test_a_step_may_do_without_the_index() -> None:
+class OtherNames(Net):
+    def training_step(self, data: Any, number: int) -> Tensor:
+        return super().training_step(data, number)
+
+
+@pytest.mark.parametrize("module", [WithoutIndex, OtherNames])
+def test_a_step_may_name_its_arguments_or_do_without_the_index(module: Any) -> None:
     noise = per_sample()
-    fit([noise], module=WithoutIndex(), max_steps=2)
+    fit([noise], module=module(), max_steps=2)
     assert noise.estimate().samples > 0
 
 
