@@ -16,15 +16,18 @@ from rich.table import Table
 
 Array = NDArray[np.float64]
 Group = dict[int, Array]  # by seed: positions × (samples, raw, ema)
-Groups = dict[tuple[str, str, int, str], Group]
+Key = tuple[str, str, int, str]  # task, optimizer, factor, rule
+Groups = dict[Key, Group]
+VERSIONS = "commit", "torch", "lightning", "date"
 WEIGHTS = {"raw": 1, "ema": 2}  # and their column
 RULES = ["sde", "linear_samples", "linear", "none", "constant"]  # as the figures colour them
 WIDTH = 2.0  # of the band, in standard deviations to each side
 
 
-def read(out: Path) -> Groups:
-    """All finished runs, by task, optimizer, factor and rule."""
+def read(out: Path) -> tuple[Groups, dict[Key, dict[str, str]]]:
+    """All finished runs, and what they ran with."""
     groups: Groups = {}
+    versions: dict[Key, dict[str, str]] = {}
     for path in sorted(out.glob("*-*-*-*-*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -33,7 +36,8 @@ def read(out: Path) -> Groups:
         columns = "samples", "val_loss", "ema_val_loss"
         curve = np.array([[float(row[name]) for name in columns] for row in rows])
         groups.setdefault(key, {})[int(first["seed"])] = curve
-    return groups
+        versions[key] = {name: first[name] for name in VERSIONS}
+    return groups, versions
 
 
 def band(constant: Group) -> tuple[Array, Array]:
@@ -68,9 +72,10 @@ def compare(group: Group, constant: Group, switch: int, column: int) -> dict[str
     }
 
 
-def summarize(groups: Groups, switches: dict[str, int]) -> Iterator[dict[str, str]]:
+def summarize(groups: Groups, switches: dict[str, int]) -> Iterator[tuple[Key, dict[str, str]]]:
     """One row for each task, optimizer, factor and rule."""
-    for (task, optimizer, factor, rule), group in groups.items():
+    for key, group in groups.items():
+        task, optimizer, factor, rule = key
         constant = groups.get((task, optimizer, 1, "constant"), {})
         if factor == 1 or len(constant) < 2 or not group.keys() <= constant.keys():
             continue
@@ -79,7 +84,7 @@ def summarize(groups: Groups, switches: dict[str, int]) -> Iterator[dict[str, st
         for weights, column in WEIGHTS.items():
             found = compare(group, constant, switches[task], column)
             row |= {f"{weights}_{name}": value for name, value in found.items()}
-        yield row
+        yield key, row
 
 
 def show(rows: list[dict[str, str]]) -> None:
@@ -107,7 +112,7 @@ def draw(groups: Groups, task: str, switch: int, path: Path) -> None:
         axes.set(title=f"{optimizer}, {weights} weights", xlabel="samples", yscale="log")
         axes.set_ylabel("validation loss")
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which("{x:.2g}")
+            which("{x:.3g}")
     for axes in grid[:, -1]:
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=100)

@@ -130,7 +130,7 @@ def report(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def line(run: dict[str, Any], mean: float, spread: float, steps: float) -> dict[str, Any]:
     """A run against the band; columns are empty where it never comes into it."""
     inside = [point for point in run["curve"] if point[2] <= mean + spread]
-    seen, taken, loss = inside[0] if run["run"] != "small" and inside else ("", "", "")
+    reached = inside[0] if run["run"] != "small" and inside else None
     return {
         "run": run["run"],
         "seed": run["seed"],
@@ -140,10 +140,10 @@ def line(run: dict[str, Any], mean: float, spread: float, steps: float) -> dict[
         "final_batch": run["final_batch"],
         "val_loss": round(run["val_loss"], 4),
         "band": f"{mean - spread:.4f} to {mean + spread:.4f}",
-        "in_band_after_samples": seen,
-        "in_band_after_steps": taken,
-        "in_band_loss": loss and round(loss, 4),
-        "steps_over_small": taken and round(taken / steps, 3),
+        "in_band_after_samples": reached and reached[0],
+        "in_band_after_steps": reached and reached[1],
+        "in_band_loss": reached and round(reached[2], 4),
+        "steps_over_small": reached and round(reached[1] / steps, 3),
         "torch": torch.__version__,
         "lightning": lightning.__version__,
     }

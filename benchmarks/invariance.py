@@ -162,11 +162,11 @@ def study(args: argparse.Namespace) -> None:
             continue
         start = time.perf_counter()
         rows = train(run, args.out)
-        part = path.with_suffix(".part")
+        part, known = path.with_suffix(".part"), describe()
         with part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow((*Run._fields, *COLUMNS))
-            writer.writerows((*run, *row) for row in rows)
+            writer.writerow((*Run._fields, *COLUMNS, *known))
+            writer.writerows((*run, *row, *known.values()) for row in rows)
         part.rename(path)
         taken, last = time.perf_counter() - start, rows[-1]
         print(*run, f"val {last[4]:.4f} ema {last[5]:.4f} in {taken:.0f} s", flush=True)
@@ -174,9 +174,9 @@ def study(args: argparse.Namespace) -> None:
 
 def report(out: Path) -> None:
     """Writes the table and the figures of what is there."""
-    groups = reporting.read(out)
-    rows = list(reporting.summarize(groups, {name: task.switch for name, task in TASKS.items()}))
-    rows = [row | settings(row["task"], row["optimizer"]) | describe() for row in rows]
+    groups, versions = reporting.read(out)
+    found = reporting.summarize(groups, {name: task.switch for name, task in TASKS.items()})
+    rows = [row | settings(*key[:2]) | versions[key] for key, row in found]
     reporting.show(rows)
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ext import _lightning, scaling
-from lightning_ext.callbacks._adaptive_checks import (
+from lightning_ext.callbacks._adaptive._checks import (
     check_arguments,
     check_fit,
     check_ranks,
@@ -18,14 +18,14 @@ from lightning_ext.callbacks._adaptive_checks import (
     define_wandb_axis,
     the_noise_scale,
 )
-from lightning_ext.callbacks._batch_controller import BatchController
-from lightning_ext.callbacks._clipping import ClippedFraction
-from lightning_ext.callbacks._following_rates import FollowingRates
+from lightning_ext.callbacks._adaptive._clipping import ClippedFraction
+from lightning_ext.callbacks._adaptive._controller import BatchController
+from lightning_ext.callbacks._adaptive._memory_ceiling import MemoryCeiling, finder_of
+from lightning_ext.callbacks._adaptive._progress import UNITS, Progress
+from lightning_ext.callbacks._adaptive._rates import FollowingRates
+from lightning_ext.callbacks._adaptive._running_batch import RunningBatch
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
-from lightning_ext.callbacks._memory_ceiling import MemoryCeiling, finder_of
-from lightning_ext.callbacks._progress import UNITS, Progress
 from lightning_ext.callbacks._reuse import begins_anew
-from lightning_ext.callbacks._running_batch import RunningBatch
 from lightning_ext.optim import sample_schedules
 from lightning_ext.scaling import HYPERPARAMETER_RULES, BatchRule
 
@@ -51,8 +51,7 @@ class AdaptiveBatchSize(Callback):
         rule: The name of a rule, such as ``"noise_scale"`` or ``"norm_test"``, a schedule such as
             ``"0:64 20k:128"``, or an object (:class:`~lightning_ext.scaling.BatchRule`).
         lr_rule: How hyper-parameters follow, one of ``scaling.HYPERPARAMETER_RULES``; ``"auto"``
-            is what the rule asks for, else ``"linear"`` for SGD and ``"sde"`` for the Adam family
-            and RMSprop.
+            is what the rule asks for, else that of the optimizer (``optim.batch_rule``).
         max_global_batch: Largest samples per optimizer step; a schedule may leave it out.
         max_micro_batch: Largest samples per forward pass on one rank; ``None`` keeps the loader's
             batch size, and accumulation alone changes.
@@ -64,10 +63,9 @@ class AdaptiveBatchSize(Callback):
         scale_weight_decay: Whether decoupled weight decay follows ``lr_rule``.
         clamp_lr: Where a :class:`GradientNoiseScale` measures and the batch passes the upper limit
             of its estimate, the learning rate stops growing (and warns once).
-        progress: What a step counts for schedules by samples and for ``max_samples``:
-            ``"samples"``, those it takes; ``"gain"``, the reference batch times AdaScale's gain
-            (``"auto"`` under ``lr_rule="adascale"``); ``"steps"``, the reference batch, so that
-            the number of updates stays (regime adaptation).
+        progress: What a step counts for schedules and ``max_samples``: ``"samples"``, those it
+            takes; ``"gain"``, the reference batch times AdaScale's gain (``"auto"`` under
+            ``"adascale"``); ``"steps"``, the reference batch: as many updates (regime adaptation).
         rescale_last_window: Weigh losses by samples, so that a cut or uneven last window has the
             mean gradient of its samples; ``False`` is how the Trainer does it.
         source: The :class:`GradientNoiseScale` to use where there are several.
@@ -141,8 +139,7 @@ class AdaptiveBatchSize(Callback):
         self.batch = RunningBatch(
             controller,
             rates,
-            progress=Progress(_unit(progress, chosen), tokens_per_sample),
-            total_samples=max_samples,
+            progress=Progress(_unit(progress, chosen), tokens_per_sample, max_samples),
             reference_batch=reference_batch,
         )
         self._clipped = ClippedFraction()
@@ -160,7 +157,7 @@ class AdaptiveBatchSize(Callback):
     @property
     def samples_seen(self) -> int:
         """Samples of all optimizer steps so far."""
-        return self.batch.samples_seen
+        return self.batch.progress.samples_seen
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks the settings and takes over the train loader's batch sampler."""

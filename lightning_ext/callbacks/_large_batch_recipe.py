@@ -16,11 +16,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_ext import _lightning
-from lightning_ext.callbacks import _recipe_checks as checks
-from lightning_ext.callbacks import _recipe_rates as rates
+from lightning_ext.callbacks._adaptive._clipping import ClippedFraction
 from lightning_ext.callbacks._arguments import require_choice, require_count, require_number
-from lightning_ext.callbacks._clipping import ClippedFraction
-from lightning_ext.callbacks._recipe_run import Advice, RecipeRun, known_noise, sizes_of
+from lightning_ext.callbacks._recipe import _checks as checks
+from lightning_ext.callbacks._recipe import _rates as rates
+from lightning_ext.callbacks._recipe._run import Advice, RecipeRun, known_noise, sizes_of
 
 CHECKS: tuple[Callable[[RecipeRun], list[Advice]], ...] = (
     rates.warmup,

@@ -141,6 +141,10 @@ class EpochPlan:
         end = min(first + accumulate, self.num_batches if num_batches is None else num_batches)
         return max(first, self.first_batch), max(end, batch_idx + 1)
 
+    def largest_step(self, global_batch: int) -> int:
+        """Keeps one step from taking, under ``drop_last``, more samples than there are."""
+        return min(global_batch, self.num_samples) if self.drop_last else global_batch
+
     def batches_to_cover(self, samples: int) -> int:
         """The least number of batches, counted from 0, that hold that many samples."""
         inside = range(self.first_batch, self.num_batches)

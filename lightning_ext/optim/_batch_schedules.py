@@ -103,7 +103,7 @@ class PowerScheduler(SampleSchedule):
         given = ("_law", "_tokens_per_sample")
         return {key: value for key, value in super().state_dict().items() if key not in given}
 
-    def _lr_at(self, samples: int) -> float:
+    def _lr_at(self, samples: float) -> float:
         tokens = samples * self._tokens_per_sample
         return self._law(tokens, global_batch=self._samples_per_step)
 
@@ -141,7 +141,7 @@ class LEGWWarmup(SampleSchedule):
         *,
         warmup_samples: int,
         reference_batch: int,
-        then: Callable[[int], float] | None = None,
+        then: Callable[[float], float] | None = None,
         start: float = 0.0,
         samples_per_step: int,
     ) -> None:
@@ -157,7 +157,7 @@ class LEGWWarmup(SampleSchedule):
         given = ("_ramp", "_then", "_reference_batch")
         return {key: value for key, value in super().state_dict().items() if key not in given}
 
-    def _factor(self, samples: int) -> float:
+    def _factor(self, samples: float) -> float:
         """What holds after so many samples, if the batch stays as it is."""
         steps = self._counted_steps + (samples - self.samples_seen) / self.samples_per_step
         ramp = self._ramp(max(0.0, steps) * self._reference_batch)

@@ -36,13 +36,13 @@ class SampleSchedule(LRScheduler):
     """
 
     def __init__(
-        self, optimizer: Optimizer, fn: Callable[[int], float], *, samples_per_step: int
+        self, optimizer: Optimizer, fn: Callable[[float], float], *, samples_per_step: int
     ) -> None:
         if samples_per_step < 1:
             raise ValueError(f"samples_per_step was {samples_per_step}; it must be positive.")
         self.fn = fn
-        self.samples_per_step = samples_per_step
-        self.samples_seen = 0
+        self.samples_per_step: float = samples_per_step
+        self.samples_seen: float = 0
         self._counted_steps = 0
         super().__init__(optimizer)
 

@@ -72,11 +72,11 @@ class WeightDecaySchedule(SampleSchedule):
         return {key: value for key, value in super().state_dict().items() if key != "_decay"}
 
 
-def _unchanged(samples: int) -> float:
+def _unchanged(samples: float) -> float:
     return 1.0
 
 
-def _at(starts: list[int], values: list[float], samples: int) -> float:
+def _at(starts: list[int], values: list[float], samples: float) -> float:
     return values[max(0, bisect_right(starts, samples) - 1)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def test_training_goes_on_with_a_smaller_micro_batch_and_the_same_global_batch()
     assert run.global_step == 2 + 6
     assert batch.global_batch == 64
     assert tuple(batch.batch.in_force) == (8, 8)
-    assert sorted(sum(module.seen, [])) == list(range(400))
+    assert sorted(chain(*module.seen)) == list(range(400))
     assert (weights(module) - weights(whole)).norm() < 1e-6 * weights(whole).norm()
 
 
@@ -55,7 +56,7 @@ def test_it_ends_the_fit_where_that_is_asked_for() -> None:
 def test_a_finder_knows_before_it_happens(limit: int | None) -> None:
     batch = adaptive(max_micro_batch=limit)
     finder = MicroBatchFinder(max_micro_batch=64, subprocess=False)
-    module, run = fit([batch, finder], module=Small(), train=loader(400), max_epochs=1)
+    _, run = fit([batch, finder], module=Small(), train=loader(400), max_epochs=1)
     assert finder.micro_batch == 8
     assert tuple(batch.batch.in_force) == (8, 8)
     assert run.global_step == 4 + 6  # from 2 passes to 8 at a batch that is a multiple of 8
@@ -67,7 +68,7 @@ def test_a_start_that_does_not_fit_begins_with_smaller_micro_batches() -> None:
     module, run = fit([batch, finder], module=Small(), train=loader(96, 16), max_epochs=1)
     assert tuple(batch.batch.in_force) == (8, 4)
     assert run.global_step == 3
-    assert sorted(sum(module.seen[-12:], [])) == list(range(96))
+    assert sorted(chain(*module.seen[-12:])) == list(range(96))
 
 
 def test_a_step_that_ran_in_parts_is_not_measured() -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def test_a_loss_that_is_not_finite_is_left_out_and_no_sample_is_lost() -> None:
     rule, module, batch = noted("loss", "noise", max_epochs=1, train=loader(24), module=Broken())
     assert batch.samples_seen == 24
     assert all(math.isfinite(seen.loss or 0) for seen in rule.seen)
-    assert sorted(sum(module.seen, [])) == list(range(24))
+    assert sorted(chain(*module.seen)) == list(range(24))
 
 
 def _mean_loss() -> list[float | None]:
@@ -144,7 +145,7 @@ def test_a_schedule_that_knows_the_batch_is_refused_a_rule_that_multiplies_again
 def test_an_unknown_need_is_refused_with_what_there_is() -> None:
     batch = AdaptiveBatchSize(Note(frozenset({"entropy"})), max_global_batch=64)
     with pytest.raises(
-        MisconfigurationException, match="needs entropy, which a run does not.*loss"
+        MisconfigurationException, match=r"needs entropy, which a run does not.*loss"
     ):
         fit([batch])
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from harness import Classifier, fit
-from lightning.pytorch import Callback, Trainer
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
     ConstantLR,
@@ -31,20 +29,8 @@ from torch.optim.lr_scheduler import (
 from torch.optim.swa_utils import SWALR
 
 from lightning_ext import optim
+from lightning_ext.callbacks import AdaptiveBatchSize
 from lightning_ext.optim import SampleCosine, SampleWarmup
-
-_private = importlib.import_module("lightning_ext.callbacks._step_schedules")
-warn_of_step_schedules: Callable[[Trainer], None] = _private.warn_of_step_schedules
-
-
-class Warns(Callback):
-    """Looks at the schedulers at the start of training, and again at every epoch's."""
-
-    def on_train_start(self, trainer: Trainer, module: Any) -> None:
-        warn_of_step_schedules(trainer)
-
-    def on_train_epoch_start(self, trainer: Trainer, module: Any) -> None:
-        warn_of_step_schedules(trainer)
 
 
 def messages(make: Callable[[Any], Any], interval: str = "step", **kwargs: Any) -> list[str]:
@@ -55,7 +41,11 @@ def messages(make: Callable[[Any], Any], interval: str = "step", **kwargs: Any) 
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit([Warns()], module=Classifier("sgd", schedulers=entry), max_epochs=2)
+        fit(
+            [AdaptiveBatchSize("0:8 96:16")],
+            module=Classifier("sgd", schedulers=entry),
+            max_epochs=2,
+        )
     texts = [str(warning.message) for warning in caught]
     return [text for text in texts if "count optimizer steps" in text]
 
@@ -88,7 +78,7 @@ def test_a_scheduler_that_counts_steps_is_named_once_with_its_replacement(name: 
 
 
 def test_every_replacement_exists() -> None:
-    hints = " ".join(_private._REPLACEMENTS.values()).replace(",", "").split()
+    hints = " ".join(hint for _, hint in STEPPED.values()).replace(",", "").split()
     names = {word for word in hints if word.startswith("Sample")}
     assert {"SampleSchedule", "SampleCosine", "SampleWSD"} <= names <= set(optim.__all__)
 

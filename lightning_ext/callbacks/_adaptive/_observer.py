@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lightning_ext.callbacks._adaptive._running_loss import RunningLoss
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
-from lightning_ext.callbacks._running_loss import RunningLoss
 from lightning_ext.scaling import BatchSplit, StepTime
 
 _UNSTEADY_STEPS = 2  # at a new size: allocation, caches

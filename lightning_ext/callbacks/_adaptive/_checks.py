@@ -13,11 +13,11 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_ext._lightning import view
+from lightning_ext.callbacks._adaptive._running_batch import RunningBatch
+from lightning_ext.callbacks._adaptive._step_schedules import warn_of_step_schedules
 from lightning_ext.callbacks._arguments import require_bool, require_choice, require_count
 from lightning_ext.callbacks._batch_norm import warn_batch_norm
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
-from lightning_ext.callbacks._running_batch import RunningBatch
-from lightning_ext.callbacks._step_schedules import warn_of_step_schedules
 from lightning_ext.optim import PowerScheduler, sample_schedules
 from lightning_ext.scaling import BatchRule
 
@@ -91,7 +91,7 @@ def _check_fields(rule: BatchRule) -> None:
 
 def _check_unit(batch: RunningBatch) -> None:
     unit = getattr(batch.controller.rule, "unit", "samples")
-    if unit == "percent" and batch.total_samples is None:
+    if unit == "percent" and batch.progress.total_samples is None:
         raise MisconfigurationException(
             "A schedule in percent needs the length of the run. Hint: set max_samples."
         )
@@ -113,7 +113,7 @@ def check_ranks(trainer: Trainer, batch: RunningBatch) -> None:
         "accumulate_grad_batches": batch.in_force.accumulate,
         "max_global_batch": batch.controller.max_global_batch,
         "the reference batch": batch.reference_batch or 0,
-        "the samples seen": batch.samples_seen,
+        "the samples seen": batch.progress.samples_seen,
     }
     device = trainer.strategy.root_device
     found = view(trainer).gather(torch.tensor(list(own.values()), device=device))

@@ -15,10 +15,12 @@ class Progress:
         unit: What a step counts: ``"samples"``, those it takes; ``"gain"``, the reference batch
             times the gain of its learning rate; ``"steps"``, the reference batch.
         tokens_per_sample: For runs that count tokens.
+        total_samples: Of the whole run, where it is known.
     """
 
-    def __init__(self, unit: str, tokens_per_sample: int | None) -> None:
+    def __init__(self, unit: str, tokens_per_sample: int | None, total_samples: int | None) -> None:
         self.unit = unit
+        self.total_samples = total_samples
         self.tokens_per_sample = tokens_per_sample
         self.reset()
 
@@ -32,6 +34,14 @@ class Progress:
         """Tokens of all steps, where they are known."""
         per_sample = self.tokens_per_sample
         return None if per_sample is None else self.samples_seen * per_sample
+
+    def position(self) -> dict[str, Any]:
+        """The fields of an observation that say how far the run has come."""
+        return {
+            "samples_seen": self.samples_seen,
+            "tokens_seen": self.tokens_seen,
+            "total_samples": self.total_samples,
+        }
 
     def worth(self, samples: int, *, kappa: float, gain: float) -> float:
         """What a step of so many samples counts.

@@ -17,7 +17,7 @@ from torch.nn.modules.loss import _Loss
 from torch.utils.data import RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_ext.callbacks._recipe_run import Advice, RecipeRun, order_of
+from lightning_ext.callbacks._recipe._run import Advice, RecipeRun, order_of
 from lightning_ext.data import SeededPermutation
 
 GOYAL = "Goyal et al. 2017, arXiv:1706.02677"

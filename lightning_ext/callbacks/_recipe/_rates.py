@@ -18,9 +18,9 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, ReduceLROnPlateau
 
 from lightning_ext import scaling
-from lightning_ext.callbacks._recipe_checks import GOYAL
-from lightning_ext.callbacks._recipe_run import LARGE_KAPPA, Advice, RecipeRun
-from lightning_ext.callbacks._recipe_schedules import length_calls, warmup_samples
+from lightning_ext.callbacks._recipe._checks import GOYAL
+from lightning_ext.callbacks._recipe._run import LARGE_KAPPA, Advice, RecipeRun
+from lightning_ext.callbacks._recipe._schedules import length_calls, warmup_samples
 from lightning_ext.optim import SampleSchedule, batch_rule
 
 LAMB = "You et al. 2020, arXiv:1904.00962"

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_ext.callbacks._adaptive._memory_ceiling import MemoryCeiling
 from lightning_ext.callbacks._arguments import require_bool, require_count, require_number
-from lightning_ext.callbacks._memory_ceiling import MemoryCeiling
 from lightning_ext.scaling import (
     ESTIMATED_FIELDS,
     BatchRule,
@@ -29,6 +29,11 @@ class Decision(NamedTuple):
 
     global_batch: int
     proposal: Proposal
+
+    def values(self) -> dict[str, float]:
+        """What there is to log of it."""
+        target, statistic = self.proposal.target_batch, self.proposal.statistic
+        return {"target_batch": float(target), "statistic": float(statistic)}
 
 
 @dataclass

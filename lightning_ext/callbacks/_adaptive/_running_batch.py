@@ -10,13 +10,13 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_ext import _lightning
-from lightning_ext.callbacks._batch_controller import BatchController, Decision
+from lightning_ext.callbacks._adaptive._controller import BatchController, Decision
+from lightning_ext.callbacks._adaptive._observer import Observer
+from lightning_ext.callbacks._adaptive._progress import Progress
+from lightning_ext.callbacks._adaptive._rates import FollowingRates
+from lightning_ext.callbacks._adaptive._warnings import warn_of_short_epochs, warn_of_waiting
 from lightning_ext.callbacks._batch_norm import warn_batch_norm
-from lightning_ext.callbacks._batch_warnings import warn_of_short_epochs, warn_of_waiting
-from lightning_ext.callbacks._following_rates import FollowingRates
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
-from lightning_ext.callbacks._observer import Observer
-from lightning_ext.callbacks._progress import Progress
 from lightning_ext.data import AdaptiveBatchSampler
 from lightning_ext.scaling import BatchSplit, Observation
 
@@ -30,7 +30,6 @@ class RunningBatch:
         controller: The rule with its limits.
         rates: The hyper-parameters that follow.
         progress: Counts what was seen.
-        total_samples: For schedules in percent.
         reference_batch: The global batch that the hyper-parameters belong to.
     """
 
@@ -40,14 +39,12 @@ class RunningBatch:
         rates: FollowingRates,
         *,
         progress: Progress,
-        total_samples: int | None,
         reference_batch: int | None,
     ) -> None:
         self.controller = controller
         self.rates = rates
         self.observer = Observer(controller.rule.needs)
         self.progress = progress
-        self.total_samples = total_samples
         self._given_reference = reference_batch
         self._sampler: AdaptiveBatchSampler | None = None
         self._warned = False
@@ -63,6 +60,7 @@ class RunningBatch:
         self.progress.reset()
         self.rates.reset()
         self.observer.reset()
+        self.controller.memory.samples = None
 
     @property
     def running(self) -> bool:
@@ -90,11 +88,6 @@ class RunningBatch:
     def global_batch(self) -> int:
         """Samples of the next optimizer step."""
         return self.controller.global_batch(self.in_force)
-
-    @property
-    def samples_seen(self) -> int:
-        """Samples of all optimizer steps so far."""
-        return self.progress.samples_seen
 
     @property
     def kappa(self) -> float:
@@ -184,13 +177,13 @@ class RunningBatch:
             self.rates.damp(largest / decision.proposal.target_batch)
         if self._may_change():
             (target,) = _lightning.view(trainer).largest(decision.global_batch)
-            target = self._within_epoch(target)
+            target = self.sampler.plan.largest_step(target)
             split = self.controller.split(target)
             self._ask_for(trainer, split, target, decision.proposal.reason)
 
     def _may_change(self) -> bool:
         asked = BatchSplit(self.sampler.batch_size, self.sampler.accumulate)
-        since = self.samples_seen - self.last_change
+        since = self.progress.samples_seen - self.last_change
         return asked == self._in_force and not self.controller.dwells(self.global_batch, since)
 
     def _ask_for(
@@ -207,7 +200,7 @@ class RunningBatch:
             warn_of_waiting(self.global_batch, self.in_force.accumulate, split.accumulate)
         _log.info(
             "global batch %d → %d after %d samples: %s",
-            *(self.global_batch, self.controller.global_batch(split), self.samples_seen),
+            *(self.global_batch, self.controller.global_batch(split), self.progress.samples_seen),
             reason,
         )
 
@@ -223,23 +216,16 @@ class RunningBatch:
         _lightning.view(trainer).set_accumulate(split.accumulate)
         self._in_force = split
         self._warn_of_short_epochs()
-        self.last_change = self.samples_seen
+        self.last_change = self.progress.samples_seen
         self.rates.set_kappa(self.kappa)
 
     def values(self) -> dict[str, float]:
         """What there is to log of the step that was just taken."""
-        values = {
-            "global_batch": float(self.global_batch),
-            "micro_batch": float(self.in_force.micro_batch),
-            "accumulate": float(self.in_force.accumulate),
-            **self.progress.values(),
-        }
+        sizes = {"global_batch": self.global_batch, **self.in_force._asdict()}
+        values = {name: float(size) for name, size in sizes.items()} | self.progress.values()
         if self.rates.last_lr is not None:
             values["lr_scaled"] = self.rates.last_lr
-        if self.last_decision is not None:
-            values["target_batch"] = float(self.last_decision.proposal.target_batch)
-            values["statistic"] = float(self.last_decision.proposal.statistic)
-        return values
+        return values | (self.last_decision.values() if self.last_decision else {})
 
     def release(self, trainer: Trainer) -> None:
         """Gives the Trainer and the optimizer back as they were."""
@@ -283,11 +269,6 @@ class RunningBatch:
         samples = self.sampler.plan.num_samples
         self._warned = self._warned or warn_of_short_epochs(self.global_batch, samples)
 
-    def _within_epoch(self, global_batch: int, sampler: AdaptiveBatchSampler | None = None) -> int:
-        """Keeps one step from taking, under ``drop_last``, more than there is."""
-        plan = (sampler or self.sampler).plan
-        return min(global_batch, plan.num_samples) if plan.drop_last else global_batch
-
     def _first_sizes(
         self, trainer: Trainer, sampler: AdaptiveBatchSampler, start: BatchSplit
     ) -> BatchSplit:
@@ -297,7 +278,7 @@ class RunningBatch:
         decision = self.last_decision = self.controller.decide(observed)
         target = decision.global_batch if decision else self.controller.global_batch(start)
         (target,) = _lightning.view(trainer).largest(target)
-        return self.controller.split(self._within_epoch(target, sampler))
+        return self.controller.split(sampler.plan.largest_step(target))
 
     def _observe(
         self, trainer: Trainer, global_batch: int, source: GradientNoiseScale | None
@@ -307,11 +288,9 @@ class RunningBatch:
             return None
         return Observation(
             global_batch=global_batch,
-            samples_seen=self.samples_seen,
-            tokens_seen=self.progress.tokens_seen,
-            total_samples=self.total_samples,
             reference_batch=self.reference_batch,
             max_global_batch=self.controller.max_global_batch,
+            **self.progress.position(),
             **fields,
         )
 

@@ -1,0 +1,1 @@
+"""What AdaptiveBatchSize is made of: what it observes, decides and changes."""

@@ -1,0 +1,1 @@
+"""What LargeBatchRecipe knows: the run that it reads and the checks of it."""
