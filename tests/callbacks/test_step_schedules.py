@@ -80,7 +80,7 @@ def test_a_scheduler_that_counts_steps_is_named_once_with_its_replacement(name: 
 def test_every_replacement_exists() -> None:
     hints = " ".join(hint for _, hint in STEPPED.values()).replace(",", "").split()
     names = {word for word in hints if word.startswith("Sample")}
-    assert {"SampleSchedule", "SampleCosine", "SampleWSD"} <= names <= set(optim.__all__)
+    assert {"SampleSchedule", "SampleCosine"} <= names <= set(optim.__all__)
 
 
 def test_a_subclass_is_named_by_its_own_name() -> None:
