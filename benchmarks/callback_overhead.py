@@ -18,6 +18,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -27,21 +28,28 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from examples.language_model.data import TextFolder, Windows
+from examples.language_model.module import GPT
 from lightning_ext.callbacks import EMA, AdaptiveBatchSize, GradientNoiseScale
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "callback_overhead.csv"
 KEY = ("thing", "variant", "mode", "dtype", "shape", "device")
 WARM_UP = 3
-THINGS: dict[str, Callable[[int], Callback]] = {
-    "EMA": lambda batch: EMA(),
-    "GradientNoiseScale": lambda batch: GradientNoiseScale(),
-    "AdaptiveBatchSize": lambda batch: AdaptiveBatchSize(f"0:{batch}"),
+THINGS: dict[str, Callable[[int], list[Callback]]] = {
+    "EMA": lambda batch: [EMA()],
+    "GradientNoiseScale": lambda batch: [GradientNoiseScale()],
+    "AdaptiveBatchSize": lambda batch: [AdaptiveBatchSize(f"0:{batch}")],
+    # It measures and asks as it would, and the batch is already the largest allowed.
+    "both, noise_scale": lambda batch: [
+        GradientNoiseScale(),
+        AdaptiveBatchSize("noise_scale", max_global_batch=batch),
+    ],
 }
-# Width and depth of the layers, micro-batch, optimizer steps of one fit.
-SHAPES = {"16x2,micro=8": (16, 2, 8, 40), "512x4,micro=64": (512, 4, 64, 16)}
+MICRO_BATCH = {"16x2,micro=8": 8, "512x4,micro=64": 64, "language_model,micro=16": 16}
+STEPS = {"16x2,micro=8": 40, "512x4,micro=64": 16, "language_model,micro=16": 12}  # of one fit
 
 
 class Layers(LightningModule):
@@ -81,38 +89,51 @@ class Clock(Callback):
         self.milliseconds /= trainer.global_step - WARM_UP
 
 
-def fit(shape: str, device: str, callback: Callback | None) -> tuple[float, LightningModule]:
+@lru_cache
+def windows() -> Tensor:
+    """Bytes to train the language model on."""
+    return TextFolder(max_bytes=1_000_000).train.rows
+
+
+def workload(shape: str) -> tuple[LightningModule, Dataset[Any]]:
+    """A module, and data for as many steps as the shape says."""
+    samples = 2 * MICRO_BATCH[shape] * STEPS[shape]
+    if shape.startswith("language_model"):
+        return GPT(), Windows(windows()[:samples])
+    width, depth = (int(x) for x in shape.split(",")[0].split("x"))
+    return Layers(width, depth), TensorDataset(torch.randn(samples, width))
+
+
+def fit(shape: str, device: str, callbacks: list[Callback]) -> tuple[float, LightningModule]:
     """Train as many steps as the shape says; return milliseconds per step, and the module."""
-    width, depth, micro_batch, steps = SHAPES[shape]
     seed_everything(0, verbose=False)
-    data = TensorDataset(torch.randn(2 * micro_batch * steps, width))
+    module, data = workload(shape)
     clock = Clock()
     trainer = Trainer(
         accelerator=device,
         devices=1,
         max_epochs=1,
         accumulate_grad_batches=2,
-        callbacks=[clock] if callback is None else [callback, clock],
+        callbacks=[*callbacks, clock],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = Layers(width, depth)
-    trainer.fit(module, DataLoader(data, batch_size=micro_batch, shuffle=True))
+    trainer.fit(module, DataLoader(data, batch_size=MICRO_BATCH[shape], shuffle=True))
     return clock.milliseconds, module
 
 
 def measure(thing: str, shape: str, device: str, pairs: int) -> dict[str, str]:
     """Assert that nothing but time differs, then return the ratio of step times."""
-    batch = 2 * SHAPES[shape][2]
-    plain, used = fit(shape, device, None)[1], fit(shape, device, THINGS[thing](batch))[1]
+    batch = 2 * MICRO_BATCH[shape]
+    plain, used = fit(shape, device, [])[1], fit(shape, device, THINGS[thing](batch))[1]
     for one, other in zip(plain.parameters(), used.parameters(), strict=True):
         assert torch.equal(one, other), f"{thing} changes the weights"
     times = []
     for pair in range(pairs):
-        order = (None, THINGS[thing](batch)) if pair % 2 else (THINGS[thing](batch), None)
-        taken = [fit(shape, device, callback)[0] for callback in order]
+        order = ([], THINGS[thing](batch)) if pair % 2 else (THINGS[thing](batch), [])
+        taken = [fit(shape, device, callbacks)[0] for callbacks in order]
         times.append(taken if pair % 2 else taken[::-1])
     without, using = np.array(times).T
     ratios = using / without
@@ -165,13 +186,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--shapes", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--things", nargs="+", choices=THINGS, default=list(THINGS))
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     rows = []
-    for shape in SHAPES:
-        for thing in THINGS:
+    for shape in args.shapes:
+        for thing in args.things:
             key = (thing, "every step", "fit", "float32", shape, name_of(args.device))
             found = measure(thing, shape, args.device, args.pairs)
             rows.append(dict(zip(KEY, key, strict=True)) | found | describe())

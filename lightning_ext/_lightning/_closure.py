@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.memory import recursive_detach
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -207,7 +208,7 @@ class _RecoveringClosure(Closure):
         for chunk, size in zip(cut(whole, sizes), sizes, strict=True):
             self._log_as_of(chunk)
             result = self._pass(OrderedDict(batch.kwargs, batch=chunk), size / sum(sizes))
-            results.append((result.loss, result.extra))
+            results.append((result.loss, recursive_detach(result.extra)))
             del result  # and with it the graph
         self._log_as_of(whole)
         return _joined(results, sizes)

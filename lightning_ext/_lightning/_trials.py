@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ext._lightning._out_of_memory import is_out_of_memory
@@ -63,6 +64,14 @@ class TrialMemory:
             raise MisconfigurationException(
                 f"subprocess=True on {self.device.type}: a child process can train on the CPU of a"
                 " Linux host without accelerators only. Hint: subprocess='auto'."
+            )
+        wrapper = trainer.strategy.model
+        static = isinstance(wrapper, DistributedDataParallel) and wrapper.static_graph
+        if static and not self.forks:
+            # The reducer would take the trial's backward for the one that it learns the graph from.
+            raise MisconfigurationException(
+                f"Trials in place, on {self.device.type}, are not possible with static_graph=True."
+                " Hint: find the size in a run without it."
             )
         self.held = self._held()
         self.limit = self._limit(trainer, fraction, max_bytes)

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ext import _lightning, scaling
+from lightning_ext import _lightning
 from lightning_ext.callbacks._adaptive._checks import (
     check_arguments,
     check_fit,
@@ -18,6 +18,7 @@ from lightning_ext.callbacks._adaptive._checks import (
     define_wandb_axis,
     the_noise_scale,
 )
+from lightning_ext.callbacks._adaptive._choices import lr_rule_of, rule_and_limit, unit_of
 from lightning_ext.callbacks._adaptive._clipping import ClippedFraction
 from lightning_ext.callbacks._adaptive._controller import BatchController
 from lightning_ext.callbacks._adaptive._memory_ceiling import MemoryCeiling, finder_of
@@ -34,18 +35,15 @@ class AdaptiveBatchSize(Callback):
     r"""Lets a rule or a schedule set the global batch, and keeps everything else consistent.
 
     A change takes effect between two accumulation windows, so that every gradient is whole. With
-    it go: the learning rate, betas and weight decay (``lr_rule``), Adam's step count, the number
-    of batches that the Trainer expects, schedules by samples
-    (:class:`~lightning_ext.optim.SampleSchedule`) and :class:`EMA`. The micro-batch grows first,
-    up to ``max_micro_batch``, then accumulation. Every sample is seen once per epoch, and losses
-    are weighed such that each step's gradient is the mean over its samples.
+    it go hyper-parameters (``lr_rule``), Adam's step count, the number of batches that the Trainer
+    expects, schedules by samples (:class:`~lightning_ext.optim.SampleSchedule`) and :class:`EMA`.
+    The micro-batch grows first, up to ``max_micro_batch``, then accumulation. Every sample is seen
+    once per epoch, and each step's gradient is the mean over its samples. A resumed run goes on
+    with the very next sample.
 
-    A checkpoint holds sizes, position in the data and the random state of every rank; a resumed
-    run goes on with the very next sample.
-
-    At the steps that the Trainer logs, it logs ``global_batch``, ``micro_batch``, ``accumulate``,
-    ``samples_seen``, ``lr_scaled`` (the learning rate that the optimizer used), ``tokens_seen``
-    where ``tokens_per_sample`` is given, and ``clipped_fraction`` where the Trainer clips by norm.
+    Where the Trainer logs, it logs ``global_batch``, ``micro_batch``, ``accumulate``,
+    ``samples_seen``, ``lr_scaled`` (what the optimizer used), ``target_batch`` and ``statistic`` of
+    the rule, and what there is of ``tokens_seen``, ``progress_samples`` and ``clipped_fraction``.
 
     Args:
         rule: The name of a rule, such as ``"noise_scale"`` or ``"norm_test"``, a schedule such as
@@ -61,6 +59,7 @@ class AdaptiveBatchSize(Callback):
         threshold: Least relative change that is worth making.
         monotone: Never shrink.
         scale_weight_decay: Whether decoupled weight decay follows ``lr_rule``.
+        scale_second_moment: Whether Adam's second moment, too, changes with the batch at once.
         clamp_lr: Where a :class:`GradientNoiseScale` measures and the batch passes the upper limit
             of its estimate, the learning rate stops growing (and warns once).
         progress: What a step counts for schedules and ``max_samples``: ``"samples"``, those it
@@ -93,6 +92,7 @@ class AdaptiveBatchSize(Callback):
         threshold: float = 0.2,
         monotone: bool = True,
         scale_weight_decay: bool = True,
+        scale_second_moment: bool = False,
         clamp_lr: bool = True,
         progress: str = "auto",
         rescale_last_window: bool = True,
@@ -111,6 +111,7 @@ class AdaptiveBatchSize(Callback):
             },
             {
                 "scale_weight_decay": scale_weight_decay,
+                "scale_second_moment": scale_second_moment,
                 "clamp_lr": clamp_lr,
                 "rescale_last_window": rescale_last_window,
             },
@@ -122,7 +123,7 @@ class AdaptiveBatchSize(Callback):
             source,
         )
         controller = BatchController(
-            *_rule_and_limit(rule, max_global_batch),
+            *rule_and_limit(rule, max_global_batch),
             max_micro_batch=max_micro_batch,
             growth=growth,
             dwell_samples=dwell_samples,
@@ -134,12 +135,17 @@ class AdaptiveBatchSize(Callback):
         self._given_source = source
         self.max_samples = max_samples
         self.rescale_last_window = rescale_last_window
-        chosen = _lr_rule(lr_rule, controller.rule)
-        rates = FollowingRates(chosen, scale_weight_decay=scale_weight_decay, clamp=clamp_lr)
+        chosen = lr_rule_of(lr_rule, controller.rule)
+        rates = FollowingRates(
+            chosen,
+            scale_weight_decay=scale_weight_decay,
+            clamp=clamp_lr,
+            scale_second_moment=scale_second_moment,
+        )
         self.batch = RunningBatch(
             controller,
             rates,
-            progress=Progress(_unit(progress, chosen), tokens_per_sample, max_samples),
+            progress=Progress(unit_of(progress, chosen), tokens_per_sample, max_samples),
             reference_batch=reference_batch,
         )
         self._clipped = ClippedFraction()
@@ -275,25 +281,3 @@ class AdaptiveBatchSize(Callback):
             self._monitored = _lightning.monitored_metrics(trainer)
         own = checkpoint["callbacks"][self.state_key]
         own |= {"random_state": self._random_state, "monitored": self._monitored}
-
-
-def _lr_rule(lr_rule: str, rule: BatchRule) -> str:
-    return str(getattr(rule, "lr_rule", "auto")) if lr_rule == "auto" else lr_rule
-
-
-def _unit(progress: str, lr_rule: str) -> str:
-    if progress != "auto":
-        return progress
-    return "gain" if lr_rule == "adascale" else "samples"
-
-
-def _rule_and_limit(rule: str | BatchRule, max_global_batch: int | None) -> tuple[BatchRule, int]:
-    parsed = scaling.parse_rule(rule)
-    if max_global_batch is None:
-        max_global_batch = getattr(parsed, "max_global_batch", None)
-    if max_global_batch is None:
-        raise ValueError(
-            f"rule={rule!r} needs max_global_batch, the largest batch it may"
-            " reach. Hint: max_global_batch=4096."
-        )
-    return parsed, max_global_batch

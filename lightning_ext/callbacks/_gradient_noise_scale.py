@@ -29,13 +29,13 @@ from lightning_ext.callbacks._arguments import (
     require_count,
     require_number,
 )
-from lightning_ext.callbacks._gradient_parts import GradientParts
-from lightning_ext.callbacks._measurement import Parts, measure
-from lightning_ext.callbacks._noise_history import NoiseHistory
-from lightning_ext.callbacks._parameter_groups import ParameterGroups
+from lightning_ext.callbacks._noise._gradient_parts import GradientParts
+from lightning_ext.callbacks._noise._history import NoiseHistory
+from lightning_ext.callbacks._noise._measurement import Parts, measure
+from lightning_ext.callbacks._noise._parameter_groups import ParameterGroups
+from lightning_ext.callbacks._noise._sample_gradients import SampleGradients, refuse_batch_norm
+from lightning_ext.callbacks._noise._sample_parts import SampleParts
 from lightning_ext.callbacks._reuse import begins_anew
-from lightning_ext.callbacks._sample_gradients import SampleGradients, refuse_batch_norm
-from lightning_ext.callbacks._sample_parts import SampleParts
 
 _TESTS = ("inner_products", "coordinates")
 

@@ -8,14 +8,13 @@ Differs: the groups keep the values of the reference batch, so that schedulers, 
 from __future__ import annotations
 
 import math
-import warnings
 from contextlib import ExitStack
 from typing import Any
 
 from torch.optim import SGD, Adafactor, Muon, Optimizer, RMSprop
 
+from lightning_ext.optim import _restate as restate
 from lightning_ext.optim._batch_rule import batch_rule
-from lightning_ext.optim._restate import divide_step_counts, scale_momentum_buffers
 from lightning_ext.scaling import (
     NOISE_RULES,
     SATURATING_RULES,
@@ -51,6 +50,9 @@ class BatchScaling:
         clamp: Whether the learning rate stops growing where the batch passes the noise scale, with
             one warning. It changes nothing under the rules that do not grow with the batch alone:
             ``"none"``, ``"constant"`` and the three that compute from the noise scale.
+        scale_second_moment: Whether a change of the batch under a rule that changes betas also
+            divides the second moment, which is |G|² + tr Σ/B, by what it will be less: by the ratio
+            of the batches where noise dominates or is not known, else by AdaScale's gain.
 
     Attributes:
         last_lrs: The learning rate that the last step used, for each group.
@@ -79,12 +81,14 @@ class BatchScaling:
         reference_batch: float | None = None,
         noise_scale: float | None = None,
         clamp: bool = False,
+        scale_second_moment: bool = False,
     ) -> None:
         self.optimizer = optimizer
         self.rule = batch_rule(optimizer) if rule == "auto" else rule
         self.scale_weight_decay = scale_weight_decay
         self.reference_batch = reference_batch
         self.clamp = clamp
+        self.scale_second_moment = scale_second_moment
         self._warned = False
         self._lr_factor = 1.0
         self._check(kappa, noise_scale)
@@ -110,9 +114,14 @@ class BatchScaling:
     @property
     def gain(self) -> float:
         """How many steps of the reference batch one step counts: AdaScale's r, else κ."""
-        if self.rule != "adascale":
-            return self._kappa
-        return adascale_gain(self._kappa, **self._inputs(self._noise_scale))
+        return self._gain(self._kappa, 1.0) if self.rule == "adascale" else self._kappa
+
+    def _gain(self, ratio: float, kappa: float) -> float:
+        """AdaScale's gain of ``ratio`` over ``kappa`` times the reference batch."""
+        known = math.inf if self._noise_scale is None else self._noise_scale
+        return adascale_gain(
+            ratio, noise_scale=known, reference_batch=kappa * (self.reference_batch or 1.0)
+        )
 
     @property
     def lr_factor(self) -> float:
@@ -192,16 +201,9 @@ class BatchScaling:
     def _warn_of_clamping(self) -> None:
         saturation = self._inputs(self._noise_scale).get("saturation", math.inf)
         global_batch = self._kappa * (self.reference_batch or 0.0)
-        if self._warned or self._kappa <= 1 or global_batch <= saturation:
-            return
-        self._warned = True
-        warnings.warn(
-            f"The global batch of {global_batch:g} is above the noise scale of {saturation:g}"
-            f" samples: from there on the learning rate no longer grows (rule={self.rule!r})."
-            " Larger batches bring little here. Hint: limit the batch (max_global_batch), or let"
-            " the learning rate grow all the same (clamp=False; clamp_lr in AdaptiveBatchSize).",
-            stacklevel=3,
-        )
+        if not self._warned and self._kappa > 1 and global_batch > saturation:
+            self._warned = True
+            restate.warn_of_clamping(global_batch, saturation, self.rule)
 
     def _assign(self, kappa: float, noise_scale: float | None) -> None:
         self._kappa = float(kappa)
@@ -209,9 +211,12 @@ class BatchScaling:
 
     def _restate(self, previous: float) -> None:
         if self._betas_follow():
-            divide_step_counts(self.optimizer, self._kappa / previous)
+            ratio = self._kappa / previous
+            restate.divide_step_counts(self.optimizer, ratio)
+            if self.scale_second_moment:
+                restate.scale_second_moments(self.optimizer, 1 / self._gain(ratio, previous))
         if self.rule == "linear_samples":
-            scale_momentum_buffers(self.optimizer, previous, self._kappa)
+            restate.scale_momentum_buffers(self.optimizer, previous, self._kappa)
 
     def _betas_follow(self) -> bool:
         return any(

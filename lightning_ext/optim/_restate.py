@@ -1,6 +1,8 @@
-"""An optimizer's state, restated for another batch."""
+"""An optimizer's state, restated for another batch, and a word where its rate is not."""
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch.optim import Optimizer
@@ -16,6 +18,14 @@ def divide_step_counts(optimizer: Optimizer, ratio: float) -> None:
             step.copy_(scale_step_count(step, ratio))
         elif step is not None:
             state["step"] = scale_step_count(step, ratio)
+
+
+def scale_second_moments(optimizer: Optimizer, factor: float) -> None:
+    """Multiplies the running mean of squared gradients of Adam-like optimizers and RMSprop."""
+    for state in optimizer.state.values():
+        for name in ("exp_avg_sq", "max_exp_avg_sq", "square_avg"):
+            if name in state:
+                state[name].mul_(factor)
 
 
 def scale_momentum_buffers(optimizer: Optimizer, previous: float, kappa: float) -> None:
@@ -35,3 +45,14 @@ def scale_momentum_buffers(optimizer: Optimizer, previous: float, kappa: float) 
             buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
             if buffer is not None:
                 buffer.mul_(new / old)
+
+
+def warn_of_clamping(global_batch: float, noise_scale: float, rule: str) -> None:
+    """Warns that the learning rate stops growing with the batch."""
+    warnings.warn(
+        f"The global batch of {global_batch:g} is above the noise scale of {noise_scale:g}"
+        f" samples: from there on the learning rate no longer grows (rule={rule!r})."
+        " Larger batches bring little here. Hint: limit the batch (max_global_batch), or let"
+        " the learning rate grow all the same (clamp=False; clamp_lr in AdaptiveBatchSize).",
+        stacklevel=4,
+    )

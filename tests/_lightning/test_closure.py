@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -244,21 +245,70 @@ def test_a_second_recovery_replaces_the_first() -> None:
     assert second.ceilings == [4]
 
 
+class Keeping(torch.autograd.Function):
+    """Keeps its input as long as the graph lives, as functions of one's own may."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.kept = x
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Watched(Limited):
+    """Looks, before each pass, whether activations of the ones before are still there."""
+
+    def __init__(self, limit: int = 100, where: str = "forward") -> None:
+        super().__init__(limit, where)
+        self.held: list[weakref.ref[Tensor]] = []
+        self.alive: list[bool] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.alive.extend(ref() is not None for ref in self.held)
+        activations = self.net[0](batch[1])
+        self.held.append(weakref.ref(activations))
+        cycle: list[Any] = [activations]
+        cycle.append(cycle)
+        kept = Keeping.apply(activations)
+        loss = super().training_step(batch, batch_idx) + 0 * kept.sum()
+        cycle.clear()
+        return {"loss": loss, "kept": kept}
+
+
+@pytest.fixture
+def _no_garbage_collection() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_garbage_collection")
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_what_the_failed_pass_held_is_free_before_it_runs_again(where: str) -> None:
-    held: list[weakref.ref[Tensor]] = []
-    alive: list[bool] = []
+    module = Watched(4, where)
+    train(module, Recover(), limit_train_batches=1, max_epochs=1)
+    assert module.alive == [False, False, False]
 
-    class Watched(Limited):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            alive.extend(ref() is not None for ref in held)
-            activations = self.net[0](batch[1])
-            held.append(weakref.ref(activations))
-            return super().training_step(batch, batch_idx) + 0 * activations.sum()
 
-    train(Watched(4, where), Recover(), max_epochs=1)
-    assert len(alive) > 0
-    assert not any(alive)
+@pytest.mark.usefixtures("_no_garbage_collection")
+def test_what_a_chunk_held_is_free_before_the_next_one() -> None:
+    module = Watched()
+    train(module, Recover(ceiling=3), limit_train_batches=1, max_epochs=1)
+    assert module.alive == [False, False, False]
+
+
+def test_batches_are_kept_until_the_step_and_no_longer() -> None:
+    class Look(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            kept.append(len(recover.handle.window))
+
+    kept: list[int] = []
+    recover = Recover()
+    train(Limited(), recover, Look(), max_epochs=1, train=data(40))
+    assert kept == [1, 2, 0, 1, 0]
 
 
 # What is no lack of memory, or cannot be helped, surfaces as it is.
@@ -403,6 +453,15 @@ def test_epoch_means_weigh_chunks_by_their_samples() -> None:
 
     _, run = train(Indexed(), Recover(ceiling=3), max_epochs=1)
     assert run.callback_metrics["index_epoch"].item() == pytest.approx(23.5)
+
+
+def test_what_is_logged_after_the_batch_counts_as_the_batch() -> None:
+    class Indexed(Limited):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.log("index", batch[0].double().mean(), on_step=False, on_epoch=True)
+
+    _, run = train(Indexed(), Recover(ceiling=3), max_epochs=1, train=data(44))
+    assert run.callback_metrics["index"].item() == pytest.approx(21.5)
 
 
 def test_a_batch_that_was_logged_is_not_logged_again() -> None:

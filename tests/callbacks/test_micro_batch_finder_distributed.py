@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from harness import Classifier, dataset, fit, identical, loader, run_distributed
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -124,3 +126,28 @@ def loaded(known: bool) -> Any:
 def test_ranks_search_anew_together_or_not_at_all() -> None:
     assert run_distributed(loaded, args=(True,)) == [[], []]
     assert run_distributed(loaded, args=(False,)) == [[4, 8, 16], [4, 8, 16]]
+
+
+def with_a_static_graph(subprocess: bool) -> Any:
+    def losses(*callbacks: Callback) -> list[float]:
+        settings = DDP | {"strategy": DDPStrategy(static_graph=True)}
+        module, _ = fit(
+            list(callbacks),
+            module=Uneven(),
+            train=loader(48),
+            accumulate_grad_batches=1,
+            **settings,
+        )
+        found: list[float] = module.losses
+        return found
+
+    if not subprocess:
+        with pytest.raises(MisconfigurationException, match="static_graph=True"):
+            losses(MicroBatchFinder(subprocess=False))
+        return True
+    return losses(MicroBatchFinder()) == losses()
+
+
+@pytest.mark.parametrize("subprocess", [True, False])
+def test_a_static_graph_is_learnt_from_training_alone(subprocess: bool) -> None:
+    assert run_distributed(with_a_static_graph, args=(subprocess,)) == [True, True]

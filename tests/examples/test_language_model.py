@@ -114,6 +114,15 @@ def test_another_folder_works(folder: Path) -> None:
     assert data.train.rows.shape == (len(text) // 33, 33)
 
 
+def test_a_file_keeps_its_side_when_others_go(folder: Path) -> None:
+    before = TextFolder(folder)
+    for name in before.train_files[:10]:
+        (folder / name).unlink()
+    after = TextFolder(folder)
+    assert after.train_files == before.train_files[10:]
+    assert after.validation_files == before.validation_files
+
+
 def test_a_pattern_chooses_files(folder: Path) -> None:
     assert all(name[:2] == "1/" for name in TextFolder(folder, pattern="1/*").train_files)
 

@@ -221,3 +221,46 @@ def test_a_switch_before_the_first_step_makes_no_state() -> None:
     optimizer = SGD(scalar(), lr=1e-3, momentum=0.9)
     BatchScaling(optimizer, "linear_samples").set_kappa(4.0)
     assert not optimizer.state
+
+
+def _noisy_run(kappa: float, *, scaled: bool, steps: int = 400) -> float:
+    """The second moment right after a switch over that of the larger batch at the end."""
+    generator = torch.Generator().manual_seed(0)
+    weight = Parameter(torch.zeros(20_000, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([weight], lr=1e-3, betas=(0.9, 0.99))
+    scaling = BatchScaling(optimizer, scale_second_moment=scaled)
+
+    def step(batch: float) -> None:
+        noise = torch.randn(20_000, dtype=torch.float64, generator=generator)
+        weight.grad = noise / batch**0.5
+        optimizer.step()
+
+    for _ in range(steps):
+        step(1.0)
+    scaling.set_kappa(kappa)
+    switched = optimizer.state[weight]["exp_avg_sq"].mean().item()
+    for _ in range(round(2 * steps / min(kappa, 1.0))):
+        step(kappa)
+    return switched / optimizer.state[weight]["exp_avg_sq"].mean().item()
+
+
+@pytest.mark.parametrize("kappa", [4.0, 16.0, 0.25])
+def test_the_second_moment_of_noise_may_follow_at_once(kappa: float) -> None:
+    assert _noisy_run(kappa, scaled=True) == pytest.approx(1, rel=0.02)
+    assert _noisy_run(kappa, scaled=False) == pytest.approx(kappa, rel=0.02)
+
+
+def test_with_a_noise_scale_the_second_moment_changes_by_the_gain() -> None:
+    weight = Parameter(torch.ones(3))
+    optimizer = torch.optim.RMSprop([weight], lr=0.1)
+    options = {"reference_batch": 64, "noise_scale": 64.0, "clamp": True}
+    scaling = BatchScaling(optimizer, scale_second_moment=True, **options)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    before = optimizer.state[weight]["square_avg"].clone()
+    with pytest.warns(UserWarning, match="above the noise scale"):
+        scaling.set_kappa(4.0, noise_scale=64.0)
+    # 1 + 64/64 before, 1 + 64/256 after.
+    assert torch.allclose(optimizer.state[weight]["square_avg"], before * 1.25 / 2)
+    scaling.set_kappa(1.0, noise_scale=64.0)
+    assert torch.allclose(optimizer.state[weight]["square_avg"], before)

@@ -19,12 +19,16 @@ class FollowingRates:
         rule: How they follow the batch.
         scale_weight_decay: Whether decoupled weight decay follows too.
         clamp: Whether the learning rate stops growing where the batch passes the noise scale.
+        scale_second_moment: Whether Adam's second moment follows at once.
     """
 
-    def __init__(self, rule: str, *, scale_weight_decay: bool, clamp: bool) -> None:
+    def __init__(
+        self, rule: str, *, scale_weight_decay: bool, clamp: bool, scale_second_moment: bool
+    ) -> None:
         self.rule = rule
         self.scale_weight_decay = scale_weight_decay
         self.clamp = clamp
+        self.scale_second_moment = scale_second_moment
         self._scaling: BatchScaling | None = None
         self.reset()
 
@@ -60,6 +64,7 @@ class FollowingRates:
             scale_weight_decay=self.scale_weight_decay,
             reference_batch=reference_batch,
             clamp=self.clamp,
+            scale_second_moment=self.scale_second_moment,
             noise_scale=self._noise,
         )
         self._scaling.set_lr_factor(self._factor)

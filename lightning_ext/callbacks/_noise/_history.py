@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lightning_ext import scaling
-from lightning_ext.callbacks._measurement import Measurement
+from lightning_ext.callbacks._noise._measurement import Measurement
 from lightning_ext.scaling import InnerProducts
 
 _NEGLIGIBLE = 1e-6  # weight of a measurement that is old enough to be forgotten

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_ext import functional, scaling
 from lightning_ext._lightning import BatchShare, View
-from lightning_ext.callbacks._parameter_groups import ParameterGroups, zeros_for_none
+from lightning_ext.callbacks._noise._parameter_groups import ParameterGroups, zeros_for_none
 from lightning_ext.scaling import COORDINATE_FRACTIONS, InnerProducts
 
 

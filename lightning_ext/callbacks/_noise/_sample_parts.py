@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from lightning_ext import functional
 from lightning_ext._lightning import BatchShare, View
-from lightning_ext.callbacks._parameter_groups import ParameterGroups
-from lightning_ext.callbacks._sample_gradients import SampleGradients
+from lightning_ext.callbacks._noise._parameter_groups import ParameterGroups
+from lightning_ext.callbacks._noise._sample_gradients import SampleGradients
 
 
 class _Batch(NamedTuple):

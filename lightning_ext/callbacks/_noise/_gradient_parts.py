@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_ext import functional
 from lightning_ext._lightning import BatchShare, View, steps_now
-from lightning_ext.callbacks._parameter_groups import ParameterGroups
+from lightning_ext.callbacks._noise._parameter_groups import ParameterGroups
 
 _PENDING_BYTES = 2**26  # of gradients that wait for one pass over them
 

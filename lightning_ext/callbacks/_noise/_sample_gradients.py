@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from lightning_ext import functional
 from lightning_ext._lightning import silent_log, untouched
-from lightning_ext.callbacks._parameter_groups import ParameterGroups
+from lightning_ext.callbacks._noise._parameter_groups import ParameterGroups
 
 # Largest difference between the gradient of a batch and the mean of those of its samples, relative
 # to these. Convolutions in float32 run in TF32 on recent cards.

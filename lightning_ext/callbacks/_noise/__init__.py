@@ -1,0 +1,1 @@
+"""What GradientNoiseScale is made of: parts, samples, measurements and their history."""
