@@ -7,7 +7,6 @@ Private: ``automatic_optimization._make_closure`` and the ``_make_step_fn``, ``_
 
 from __future__ import annotations
 
-import gc
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +22,11 @@ from torch.optim import Optimizer
 from lightning_ext._lightning._chunks import count_samples, cut, even_sizes, join
 from lightning_ext._lightning._loader import live_sampler
 from lightning_ext._lightning._optimizer_steps import steps_now
-from lightning_ext._lightning._out_of_memory import is_out_of_memory, require_repeatable
+from lightning_ext._lightning._out_of_memory import (
+    free_memory,
+    is_out_of_memory,
+    require_repeatable,
+)
 from lightning_ext._lightning._silent import silent_log
 
 
@@ -246,9 +249,7 @@ class _RecoveringClosure(Closure):
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def _smaller(self, error: BaseException, limit: int | None) -> int | None:
         """Half of what did not fit, or ``None``, with a note on the error if that is why."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from lightning.pytorch import Trainer
 from torch.optim import LBFGS, Optimizer
@@ -21,6 +23,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         and "DefaultCPUAllocator" in text
         and any(words in text for words in _CPU_ALLOCATOR)
     )
+
+
+def free_memory() -> None:
+    """Lets go of what a failed pass has left, once its error is gone."""
+    # A backward pass that fails leaves branches of the graph in the engine's queue, and with them
+    # their activations; the next one on this thread throws them out.
+    with torch.enable_grad():
+        torch.zeros((), device="cpu", requires_grad=True).backward()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def require_repeatable(trainer: Trainer, optimizer: Optimizer, calls: int) -> None:
