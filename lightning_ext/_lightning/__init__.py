@@ -1,5 +1,6 @@
 """The only place that touches Lightning's private attributes, one file per concern."""
 
+from lightning_ext._lightning._agreement import require_agreement
 from lightning_ext._lightning._closure import (
     OutOfMemoryRecovery,
     recover_from_oom,
@@ -61,6 +62,7 @@ __all__ = [
     "random_state",
     "recover_from_oom",
     "reference_batch",
+    "require_agreement",
     "restore_monitored_metrics",
     "restore_random_state",
     "resume_position",

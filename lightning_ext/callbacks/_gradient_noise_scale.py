@@ -15,14 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lightning_ext import scaling
-from lightning_ext._lightning import (
-    batch_share,
-    gradient_scale,
-    logs_now,
-    step_gradient_scale,
-    view,
-)
+from lightning_ext import _lightning, scaling
+from lightning_ext._lightning import batch_share, gradient_scale, logs_now, view
 from lightning_ext.callbacks._arguments import (
     require_bool,
     require_choice,
@@ -38,6 +32,7 @@ from lightning_ext.callbacks._noise._sample_parts import SampleParts
 from lightning_ext.callbacks._reuse import begins_anew
 
 _TESTS = ("inner_products", "coordinates")
+_SETTINGS = ("every_n_steps", "smoothing", "source", "tests", "per_group", "chunk_size")
 
 
 class GradientNoiseScale(Callback):
@@ -193,7 +188,9 @@ class GradientNoiseScale(Callback):
             self._windows = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that there will be something to measure."""
+        """Checks that there will be something to measure, the same on every rank."""
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        _lightning.require_agreement(trainer, "GradientNoiseScale", settings)
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "GradientNoiseScale reads the micro-batches of automatic optimization;"
@@ -237,6 +234,8 @@ class GradientNoiseScale(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Measures, on the gradient of the whole."""
+        if _lightning.runs_in_parts(trainer):
+            self.skip_window()
         parts, self._parts = self._parts, None
         if parts is None:
             return
@@ -245,7 +244,7 @@ class GradientNoiseScale(Callback):
             parts,
             view(trainer),
             loss_scale=gradient_scale(trainer),
-            step_scale=step_gradient_scale(trainer, optimizer),
+            step_scale=_lightning.step_gradient_scale(trainer, optimizer),
             per_group=self.per_group,
         )
         if found is not None:

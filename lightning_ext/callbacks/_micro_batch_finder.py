@@ -100,7 +100,13 @@ class MicroBatchFinder(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets what was found for another module."""
-        if stage == "fit" and begins_anew(self, pl_module):
+        if stage != "fit":
+            return
+        names = "max_micro_batch", "lengths", "tolerance"
+        values = self.max_micro_batch, self.lengths, self._search.tolerance
+        settings = dict(zip(names, values, strict=True))
+        _lightning.require_agreement(trainer, "MicroBatchFinder", settings)
+        if begins_anew(self, pl_module):
             self._forget()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

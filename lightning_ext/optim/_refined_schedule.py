@@ -52,6 +52,11 @@ class RefinedSchedule(SampleSchedule):
         total_samples: int | None = None,
         samples_per_step: int,
     ) -> None:
+        if not isinstance(table, scaling.FactorTable):
+            raise TypeError(
+                f"table was {table!r}; allowed is a scaling.FactorTable. Hint:"
+                " RefinedSchedule.from_file(optimizer, path, samples_per_step=...) reads one."
+            )
         factor = partial(table.at, total_samples=total_samples)
         super().__init__(optimizer, factor, samples_per_step=samples_per_step)
 

@@ -50,9 +50,10 @@ def scale_momentum_buffers(optimizer: Optimizer, previous: float, kappa: float) 
 def warn_of_clamping(global_batch: float, noise_scale: float, rule: str) -> None:
     """Warns that the learning rate stops growing with the batch."""
     warnings.warn(
-        f"The global batch of {global_batch:g} is above the noise scale of {noise_scale:g}"
-        f" samples: from there on the learning rate no longer grows (rule={rule!r})."
-        " Larger batches bring little here. Hint: limit the batch (max_global_batch), or let"
-        " the learning rate grow all the same (clamp=False; clamp_lr in AdaptiveBatchSize).",
+        f"The global batch of {global_batch:g} is above the noise scale of {noise_scale:.4g}"
+        " samples (AdaptiveBatchSize takes the upper limit of its interval): from there on the"
+        f" learning rate no longer grows as {rule!r} has it. Hint: clamp_lr=False in"
+        " AdaptiveBatchSize (clamp=False in BatchScaling) lets it grow all the same; a smaller"
+        " max_global_batch saves samples.",
         stacklevel=4,
     )

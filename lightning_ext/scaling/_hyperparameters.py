@@ -213,5 +213,5 @@ def _check(kappa: float, rule: str, given: Hyperparameters) -> None:
     if rule == "linear_samples" and given.momentum is None:
         raise ValueError(
             "rule='linear_samples' needs momentum=, the μ that becomes μ^κ; without momentum use "
-            "rule='linear'"
+            "rule='linear'; for Adam and its kin rule='sde'"
         )

@@ -194,10 +194,10 @@ class MemoryModel:
                 f"the fixed part takes {self.fixed_bytes:.4g} and one sample {each:.4g}: raise the "
                 "budget, or make model, optimizer state or samples smaller"
             )
-        found = math.floor((limit - self.fixed_bytes) / each)
-        # Rounding may be off by one either way.
-        candidates = (n for n in (found + 1, found) if self.fixed_bytes + n * each <= limit)
-        return next(candidates, found - 1)
+        found = math.floor((limit - self.fixed_bytes) / each) + 1
+        while found > 1 and self.bytes(found, length) > limit:  # rounding may be off either way
+            found -= 1
+        return found
 
     def _per_sample(self, length: int | None) -> float:
         if (length is None) != (self.token_bytes is None):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, SequentialSampler
 
-from lightning_ext.callbacks import AdaptiveBatchSize, GradientNoiseScale, _gradient_parts
+from lightning_ext.callbacks import AdaptiveBatchSize, GradientNoiseScale
 from lightning_ext.data import AdaptiveBatchSampler
 from lightning_ext.scaling import COORDINATE_FRACTIONS, noise_statistics
 
@@ -275,7 +275,7 @@ def test_a_first_step_that_is_not_finite_is_no_error(source: Any) -> None:
 
 
 def test_gradients_may_be_taken_in_before_the_pass_is_over(monkeypatch: Any) -> None:
-    monkeypatch.setattr(_gradient_parts, "_PENDING_BYTES", 0)
+    monkeypatch.setattr("lightning_ext.callbacks._noise._gradient_parts._PENDING_BYTES", 0)
     noise = GradientNoiseScale(tests=["coordinates"])
     keep = measure(noise, 3)
     truth = by_hand(keep.windows(3), samples=False)

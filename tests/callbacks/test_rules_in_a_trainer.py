@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from harness import Classifier, fit, identical, loader, run_distributed
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_ext.callbacks import AdaptiveBatchSize, GradientNoiseScale
-from lightning_ext.optim import PowerScheduler
+from lightning_ext.optim import PowerScheduler, SampleCosine, SampleSchedule
 from lightning_ext.scaling import Observation, Proposal
 
 
@@ -201,13 +202,76 @@ def test_under_adascale_a_step_counts_by_its_gain() -> None:
     assert batch.samples_seen > batch.batch.progress.reference_samples >= 200
 
 
+def by_cosine(optimizer: Any) -> Any:
+    schedule = SampleCosine(optimizer, total_samples=400, samples_per_step=8)
+    return {"scheduler": schedule, "interval": "step"}
+
+
+def test_seesaw_counts_from_the_first_learning_rate_and_needs_a_schedule() -> None:
+    def halving(optimizer: Any) -> Any:
+        schedule = SampleSchedule(optimizer, lambda s: 0.5 ** (s / 96), samples_per_step=8)
+        return {"scheduler": schedule, "interval": "step"}
+
+    batch = AdaptiveBatchSize("seesaw", max_global_batch=64)
+    fit([batch], module=Classifier(schedulers=halving), max_epochs=2)
+    assert batch.samples_seen == 192
+    assert batch.global_batch == 8 * 2**2
+    with pytest.raises(MisconfigurationException, match="follows the decay.*there is none"):
+        fit([AdaptiveBatchSize("seesaw", max_global_batch=64)])
+
+
+def test_the_first_step_past_the_noise_scale_is_clamped_already() -> None:
+    noise = GradientNoiseScale(smoothing=1.0)
+    batch = AdaptiveBatchSize("0:8 600:96", max_micro_batch=48, lr_rule="linear")
+    rates = []
+
+    class Note(Callback):
+        def on_train_batch_end(self, run: Any, *args: Any) -> None:
+            if batch.global_batch == 96 and "lr_scaled" in run.callback_metrics:
+                rates.append(run.callback_metrics["lr_scaled"].item())
+
+    module = Classifier("sgd", dropout=0.0)
+    with pytest.warns(UserWarning, match="above the noise scale"):
+        fit([noise, batch, Note()], module=module, max_epochs=12, train=loader(96))
+    high = noise.estimate().high
+    assert 8 < high < 96
+    assert max(rates) < 12 * 0.1
+
+
+def test_a_gain_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match="progress='gain' is AdaScale's"):
+        AdaptiveBatchSize("0:8", lr_rule="sqrt", progress="gain")
+
+
+def test_percents_of_updates_are_refused() -> None:
+    batch = AdaptiveBatchSize("0:8 50%:16", max_samples=96, progress="steps")
+    with pytest.raises(MisconfigurationException, match="in percent counts samples"):
+        fit([batch])
+
+
+def _with_another_rule() -> str:
+    rule = ("sde", "linear")[int(os.environ["RANK"])]
+    try:
+        fit([AdaptiveBatchSize("0:16", lr_rule=rule)], strategy="ddp", devices=2)
+    except MisconfigurationException as error:
+        return str(error)
+    return "trained"
+
+
+def test_ranks_with_other_settings_are_refused() -> None:
+    for message in run_distributed(_with_another_rule, 2):
+        assert "Ranks disagree about lr_rule (here " in message
+
+
 def test_everything_that_a_rule_reads_survives_a_checkpoint(tmp_path: Any) -> None:
     def run(ckpt_path: Any = None) -> Any:
         rule = Note(frozenset({"loss", "noise", "lr_decay"}), target=16.0)
         options: dict[str, Any] = {"dwell_samples": 24, "lr_rule": "surge"}
         batch = AdaptiveBatchSize(rule, max_global_batch=64, **options)
         keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-        fit([batch, GradientNoiseScale(), keep], ckpt_path=ckpt_path, enable_checkpointing=True)
+        module = Classifier(schedulers=by_cosine)
+        checkpoint: dict[str, Any] = {"ckpt_path": ckpt_path, "enable_checkpointing": True}
+        fit([batch, GradientNoiseScale(), keep], module=module, **checkpoint)
         return rule.seen, batch.state_dict()
 
     seen, state = run()
@@ -228,4 +292,4 @@ def _with_data_of_another_length() -> str:
 
 def test_a_rank_with_other_data_is_refused_on_every_rank() -> None:
     for message in run_distributed(_with_data_of_another_length, 2):
-        assert "Ranks disagree: the number of samples is 96, 88" in message
+        assert "Ranks disagree about the number of samples (here " in message

@@ -241,7 +241,9 @@ def test_where_nothing_is_clamped_nothing_changes_or_warns(
 
 def test_the_warning_names_the_numbers_and_comes_once() -> None:
     scaling = following(sgd(), "linear", clamp=True)
-    message = r"batch of 256 is above the noise scale of 96 samples.*no longer grows.*Hint: limit"
+    message = (
+        r"batch of 256 is above the noise scale of 96 samples.*no longer grows.*Hint: clamp_lr"
+    )
     with pytest.warns(UserWarning, match=message) as caught:
         scaling.set_kappa(8.0, noise_scale=NOISE)
     assert caught[0].filename == __file__

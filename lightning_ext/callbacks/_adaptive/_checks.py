@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -12,7 +11,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_ext._lightning import view
+from lightning_ext._lightning import require_agreement, view
 from lightning_ext.callbacks._adaptive._running_batch import RunningBatch
 from lightning_ext.callbacks._adaptive._step_schedules import warn_of_step_schedules
 from lightning_ext.callbacks._arguments import require_bool, require_choice, require_count
@@ -95,6 +94,11 @@ def _check_unit(batch: RunningBatch) -> None:
         raise MisconfigurationException(
             "A schedule in percent needs the length of the run. Hint: set max_samples."
         )
+    if unit == "percent" and batch.progress.unit != "samples":
+        raise MisconfigurationException(
+            "A schedule in percent counts samples, and under progress="
+            f"{batch.progress.unit!r} max_samples does not. Hint: write the schedule in samples."
+        )
     if unit == "tokens" and batch.progress.tokens_per_sample is None:
         raise MisconfigurationException(
             "A schedule in tokens needs to count them. Hint: set tokens_per_sample."
@@ -107,22 +111,27 @@ def check_ranks(trainer: Trainer, batch: RunningBatch) -> None:
     Raises:
         MisconfigurationException: On every rank, with what each of them has.
     """
-    own = {
+    controller = batch.controller
+    settings = {
         "the number of samples": batch.sampler.plan.num_samples,
-        "the micro-batch": batch.in_force.micro_batch,
-        "accumulate_grad_batches": batch.in_force.accumulate,
-        "max_global_batch": batch.controller.max_global_batch,
-        "the reference batch": batch.reference_batch or 0,
         "the samples seen": batch.progress.samples_seen,
+        "micro-batch and accumulate_grad_batches": tuple(batch.in_force),
+        "rule": controller.rule,
+        "max_global_batch": controller.max_global_batch,
+        "max_micro_batch": controller.max_micro_batch,
+        "growth": controller.growth,
+        "dwell_samples": controller.dwell_samples,
+        "threshold": controller.threshold,
+        "monotone": controller.monotone,
+        "reference_batch": batch.reference_batch,
+        "max_samples": batch.progress.total_samples,
+        "progress": batch.progress.unit,
+        "lr_rule": batch.rates.rule,
+        "clamp_lr": batch.rates.clamp,
+        "scale_weight_decay": batch.rates.scale_weight_decay,
+        "scale_second_moment": batch.rates.scale_second_moment,
     }
-    device = trainer.strategy.root_device
-    found = view(trainer).gather(torch.tensor(list(own.values()), device=device))
-    for name, values in zip(own, found.T.tolist(), strict=True):
-        if len(set(values)) > 1:
-            raise MisconfigurationException(
-                f"Ranks disagree: {name} is {', '.join(map(str, values))}; it must be the same on"
-                " all of them. Hint: build data and callbacks alike on every rank."
-            )
+    require_agreement(trainer, "AdaptiveBatchSize", settings)
 
 
 def check_schedules(trainer: Trainer, batch: RunningBatch) -> None:
@@ -134,6 +143,11 @@ def check_schedules(trainer: Trainer, batch: RunningBatch) -> None:
     if batch.controller.may_change:
         warn_of_step_schedules(trainer)
     lr_rule = batch.rates.rule
+    if "lr_decay" in batch.controller.rule.needs and not trainer.lr_scheduler_configs:
+        raise MisconfigurationException(
+            f"{batch.controller.rule} follows the decay of a learning-rate schedule, and there is"
+            " none. Hint: optim.SampleCosine, or scaling.GeoDamp, which needs no schedule."
+        )
     for config in trainer.lr_scheduler_configs:
         often = config.interval == "step" and config.frequency == 1
         if not often and any(sample_schedules(config.scheduler)):
@@ -143,6 +157,11 @@ def check_schedules(trainer: Trainer, batch: RunningBatch) -> None:
                 " return {'scheduler': schedule, 'interval': 'step'}."
             )
         powers = [s for s in sample_schedules(config.scheduler) if isinstance(s, PowerScheduler)]
+        if powers and batch.progress.unit != "samples":
+            raise MisconfigurationException(
+                "PowerScheduler reads the batch from the samples of a step, and progress="
+                f"{batch.progress.unit!r} counts others. Hint: progress='samples'."
+            )
         if powers and lr_rule not in ("none", "constant"):
             raise MisconfigurationException(
                 f"PowerScheduler makes the learning rate from the batch, and lr_rule={lr_rule!r}"

@@ -12,7 +12,16 @@ def lr_rule_of(lr_rule: str, rule: BatchRule) -> str:
 
 
 def unit_of(progress: str, lr_rule: str) -> str:
-    """What a step counts: what was chosen, else what belongs to the rule."""
+    """What a step counts: what was chosen, else what belongs to the rule.
+
+    Raises:
+        ValueError: A gain that the rule does not have.
+    """
+    if progress == "gain" and lr_rule != "adascale":
+        raise ValueError(
+            f"progress='gain' is AdaScale's, and lr_rule is {lr_rule!r}. Hint: lr_rule='adascale',"
+            " or progress='samples'."
+        )
     if progress != "auto":
         return progress
     return "gain" if lr_rule == "adascale" else "samples"

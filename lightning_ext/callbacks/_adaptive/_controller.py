@@ -124,6 +124,10 @@ class BatchController:
         """Samples per optimizer step."""
         return split.micro_batch * split.accumulate * self.data_parallel_size
 
+    def reachable(self, samples: int) -> int:
+        """The largest step that settings, memory and an epoch of so many samples allow."""
+        return min(self.global_batch(self.made_of(self.max_global_batch)), samples)
+
     def dwells(self, global_batch: int, samples_since_change: int) -> bool:
         """Whether it is too early for another change."""
         if not self.estimated:

@@ -35,6 +35,11 @@ class Observer:
         self._times: dict[tuple[int, int], tuple[int, float]] = {}  # steps and mean seconds
         self.pause()
 
+    def note_lr(self, trainer: Trainer) -> None:
+        """Notes the learning rate that the next step is scheduled."""
+        if "lr_decay" in self.needs:
+            self._largest_lr = max(self._largest_lr, _scheduled_lr(trainer))
+
     def pause(self) -> None:
         """Says that what follows is not training alone, so that its time does not count."""
         self._ended: float | None = None
@@ -56,8 +61,7 @@ class Observer:
         """Notes loss and time of an optimizer step, and the learning rate that it was scheduled."""
         if "loss" in self.needs:
             self._loss.end_window(samples, reference_batch)
-        if "lr_decay" in self.needs:
-            self._largest_lr = max(self._largest_lr, _scheduled_lr(trainer))
+        self.note_lr(trainer)
         if "step_seconds" in self.needs:
             self._note_time(sizes, whole=whole)
 

@@ -79,7 +79,7 @@ class FollowingRates:
         """Follows a new measurement of the noise scale."""
         if self._scaling is None or source is None or not source.measured:
             return
-        if self.needs_noise or (self.clamp and self._scaling.kappa > 1):
+        if self.needs_noise or self.clamp:
             self._noise = self._usable(source.estimate())
             self.set_kappa(self._scaling.kappa)
 
@@ -106,8 +106,9 @@ class FollowingRates:
         self._noise, self._factor = state["noise"], state["factor"]
 
     def _usable(self, noise: NoiseScale) -> float | None:
-        """The noise scale for a rule; for clamping its upper limit, to clamp only what is sure."""
-        if self.needs_noise:
-            found = supported_noise_scale(noise)
-            return self._noise if found is None else found
-        return noise.high if 0 < noise.high < math.inf else None
+        """The noise scale for a rule; for clamping its upper limit, to clamp only what is sure.
+
+        Where an estimate says too little, the last that did stays: the rates do not flicker.
+        """
+        found = supported_noise_scale(noise) if self.needs_noise else noise.high
+        return found if found is not None and 0 < found < math.inf else self._noise

@@ -116,7 +116,7 @@ class RunningBatch:
         """
         self._sampler = _lightning.live_sampler(trainer)
         if self._in_force is None or not trainer.fit_loop.is_resuming:
-            self._in_force = _sizes(self.sampler, 0)
+            self._in_force = BatchSplit(*self.sampler.plan.segment(0)[1:])
             self.sampler.set_epoch(trainer.current_epoch)
         _lightning.view(trainer).set_accumulate(self._in_force.accumulate)
         self._warn_of_short_epochs()
@@ -128,6 +128,7 @@ class RunningBatch:
             before=self.kappa if ours else 1.0,
             kappa=self.kappa,
         )
+        self.observer.note_lr(trainer)
         self.controller.memory.begin(trainer, on_rerun)
         self._ask_for(trainer, self.in_force, self.global_batch, "memory")
 
@@ -173,7 +174,7 @@ class RunningBatch:
             return
         self.last_decision = decision
         if self.controller.damps_lr:
-            largest = self.controller.max_global_batch
+            largest = self.controller.reachable(self.sampler.plan.num_samples)
             self.rates.damp(largest / decision.proposal.target_batch)
         if self._may_change():
             (target,) = _lightning.view(trainer).largest(decision.global_batch)
@@ -190,6 +191,8 @@ class RunningBatch:
         self, trainer: Trainer, wanted: BatchSplit, global_batch: int, reason: str
     ) -> None:
         """Has the sampler go to sizes, or to those of the same batch that fit into memory."""
+        if wanted == self._in_force and reason != "memory":
+            return
         again = partial(self.controller.split, global_batch)
         split = self.controller.memory.fits(trainer, wanted, again)
         if split == self._in_force:
@@ -208,7 +211,7 @@ class RunningBatch:
         """Changes accumulation and hyper-parameters where the next batch has new sizes."""
         if next_batch >= _lightning.epoch_end(trainer):
             return
-        split = _sizes(self.sampler, next_batch)
+        split = BatchSplit(*self.sampler.plan.segment(next_batch)[1:])
         if split == self._in_force:
             return
         if split.micro_batch != self.in_force.micro_batch:
@@ -293,7 +296,3 @@ class RunningBatch:
             **self.progress.position(),
             **fields,
         )
-
-
-def _sizes(sampler: AdaptiveBatchSampler, batch_idx: int) -> BatchSplit:
-    return BatchSplit(*sampler.plan.segment(batch_idx)[1:])

@@ -25,7 +25,7 @@ class RunningLoss:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if not isinstance(loss, Tensor) or not samples:
             return
-        value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * accumulate
+        value = loss.detach().to(_dtype(loss.device)) * accumulate
         finite = torch.isfinite(value)
         self._window[0] = self._window[0] + torch.where(finite, value, 0.0) * samples
         self._window[1] = self._window[1] + finite * samples
@@ -38,7 +38,8 @@ class RunningLoss:
 
     def mean(self, trainer: Trainer) -> float | None:
         """The mean over all ranks, ``None`` before the first loss."""
-        own = torch.tensor(self.state_dict(), device=trainer.strategy.root_device)
+        device = trainer.strategy.root_device
+        own = torch.tensor(self.state_dict(), device=device, dtype=_dtype(device))
         losses, samples = _lightning.view(trainer).gather(own).sum(0).tolist()
         return losses / samples if samples > 0 else None
 
@@ -49,3 +50,8 @@ class RunningLoss:
     def load_state_dict(self, state: list[float]) -> None:
         """Goes on from both sums."""
         self._sums = [*state]
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    """What the sums are kept in: as exact as a checkpoint's numbers, but for MPS."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -31,6 +31,7 @@ class NoiseHistory:
         """Forgets everything."""
         self._noise = np.empty((0, 0))
         self._inner = np.empty((0, 4))
+        self._inner_batch = 0.0
         self.coordinates: dict[float, float] | None = None
         self._known: dict[int | None, scaling.NoiseScale] = {}
 
@@ -53,6 +54,7 @@ class NoiseHistory:
             self._noise = np.empty((0, len(found.noise)))
         self._noise = self._joined(self._noise, found.noise)
         if found.inner_products is not None:
+            self._follow_batch(found.noise[2])
             self._inner = self._joined(self._inner, found.inner_products)
         if found.coordinates is not None:
             self.coordinates = found.coordinates
@@ -92,6 +94,7 @@ class NoiseHistory:
         state: dict[str, Any] = {"history": torch.from_numpy(self._noise.copy())}
         if len(self._inner):
             state["inner_products"] = torch.from_numpy(self._inner.copy())
+            state["inner_batch"] = self._inner_batch
         if self.coordinates is not None:
             state["coordinates"] = dict(self.coordinates)
         return state
@@ -103,7 +106,17 @@ class NoiseHistory:
             self._noise = state["history"].numpy().copy()
         if "inner_products" in state:
             self._inner = state["inner_products"].numpy().copy()
+            self._inner_batch = state["inner_batch"]
         self.coordinates = state.get("coordinates")
+
+    def _follow_batch(self, samples: float) -> None:
+        """Forgets the inner products of another batch: ḡ is that of one, |ḡ|² is |G|² + S/B.
+
+        A single smaller one is the cut last step of an epoch, and counts with the others.
+        """
+        repeated = len(self) > 1 and self._noise[-2, 2] == samples
+        if samples > self._inner_batch or (samples < self._inner_batch and repeated):
+            self._inner, self._inner_batch = np.empty((0, 4)), samples
 
     def _joined(self, rows: np.ndarray[Any, Any], row: Any) -> np.ndarray[Any, Any]:
         kept = rows[max(len(rows) + 1 - self._length, 0) :]

@@ -1,0 +1,43 @@
+"""Whether the ranks of a run were set up alike."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_ext._lightning._view import view
+
+_PLAIN = (bool, int, float, str, tuple, list, dict, frozenset, type(None))
+
+
+def require_agreement(trainer: Trainer, owner: str, settings: Mapping[str, object]) -> None:
+    """Refuses to go on where ranks have other settings, on all of them; one collective.
+
+    Args:
+        trainer: The Trainer in ``on_train_start``.
+        owner: Whose settings they are.
+        settings: Values by name; every rank gives the same names.
+
+    Raises:
+        MisconfigurationException: With the names, and what this rank has.
+    """
+    texts = {name: _text(value) for name, value in settings.items()}
+    digests = [zlib.crc32(text.encode()) for text in texts.values()]
+    found = view(trainer).gather(torch.tensor(digests, device=trainer.strategy.root_device))
+    columns = zip(texts, found.T.tolist(), strict=True)
+    differing = [f"{name} (here {texts[name]})" for name, column in columns if len({*column}) > 1]
+    if differing:
+        raise MisconfigurationException(
+            f"Ranks disagree about {', '.join(differing)} of {owner}; it must be the same on all of"
+            " them. Hint: build data and callbacks alike on every rank."
+        )
+
+
+def _text(value: object) -> str:
+    """What a value says of itself, without the address of an object."""
+    return repr(value) if isinstance(value, _PLAIN) or is_dataclass(value) else type(value).__name__
