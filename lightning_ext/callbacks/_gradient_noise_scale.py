@@ -75,7 +75,7 @@ class GradientNoiseScale(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 1,
+        every_n_steps: int = 2,
         smoothing: float = 0.99,
         *,
         source: Literal["auto", "micro_batches", "per_sample"] = "auto",

@@ -316,9 +316,9 @@ class Quiet(Classifier):
 def test_a_compiled_module_trains() -> None:
     settings = {"max_global_batch": 48, "max_micro_batch": 8, "dwell_samples": 0}
     eager, compiled = (AdaptiveBatchSize(EAGER, **settings) for _ in range(2))
-    expected, _ = fit([eager], module=Quiet(dropout=0.0))
+    expected, _ = fit([eager, GradientNoiseScale(1)], module=Quiet(dropout=0.0))
     found = Quiet(dropout=0.0)
-    fit([compiled], module=torch.compile(found, backend="eager"))
+    fit([compiled, GradientNoiseScale(1)], module=torch.compile(found, backend="eager"))
     assert compiled.global_batch == eager.global_batch == 48
     assert same_weights(found, expected)
 

@@ -48,7 +48,7 @@ def train(rule: str, num_samples: int, accumulate: int, optimizer: str, devices:
     module = Classifier(optimizer, dropout=0.0).double()
     adaptive = AdaptiveBatchSize(**RULES[rule])
     fit(
-        [adaptive, GradientNoiseScale(), average],
+        [adaptive, GradientNoiseScale(1), average],
         module=module,
         train=DataLoader(data, batch_sampler=sampler),
         accumulate_grad_batches=accumulate,

@@ -198,7 +198,7 @@ def uneven(devices: int, accumulate: int) -> Any:
         "noise_scale", max_global_batch=36, max_micro_batch=4, dwell_samples=0, threshold=0.01
     )
     module, run = fit(
-        [adaptive, GradientNoiseScale()],
+        [adaptive, GradientNoiseScale(1)],
         module=Classifier(dropout=0.0).double(),
         train=DataLoader(data, batch_sampler=AdaptiveBatchSampler(RandomSampler(data), 2, seed=1)),
         accumulate_grad_batches=accumulate,
@@ -211,9 +211,9 @@ def uneven(devices: int, accumulate: int) -> Any:
 
 def test_callbacks_begin_anew_with_another_module() -> None:
     settings = {"max_global_batch": 48, "max_micro_batch": 8, "dwell_samples": 0}
-    used = [AdaptiveBatchSize("noise_scale", **settings), GradientNoiseScale(), EMA(0.9)]
+    used = [AdaptiveBatchSize("noise_scale", **settings), GradientNoiseScale(1), EMA(0.9)]
     fit(used, max_epochs=1)
-    fresh = [AdaptiveBatchSize("noise_scale", **settings), GradientNoiseScale(), EMA(0.9)]
+    fresh = [AdaptiveBatchSize("noise_scale", **settings), GradientNoiseScale(1), EMA(0.9)]
     again, expected = (fit(callbacks, max_epochs=2)[0] for callbacks in (used, fresh))
     assert same_weights(again, expected)
     assert used[0].samples_seen == fresh[0].samples_seen == 192
@@ -312,7 +312,7 @@ def test_an_optimizer_is_needed() -> None:
         pytest.warns(UserWarning, match="configure_optimizers"),
         pytest.raises(MisconfigurationException, match="there is none"),
     ):
-        fit([GradientNoiseScale()], module=Idle())
+        fit([GradientNoiseScale(1)], module=Idle())
 
 
 def test_a_rule_must_propose_a_batch() -> None:

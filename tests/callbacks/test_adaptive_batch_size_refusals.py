@@ -127,7 +127,7 @@ def test_a_search_for_the_batch_needs_a_trainer_of_its_own() -> None:
 
 
 def test_several_noise_scales_need_a_choice() -> None:
-    several = [GradientNoiseScale(), GradientNoiseScale(every_n_steps=2)]
+    several = [GradientNoiseScale(1), GradientNoiseScale(every_n_steps=2)]
     with pytest.raises(MisconfigurationException, match="source="):
         fit([by_noise(), *several])
     chosen = by_noise(source=several[1])
@@ -137,7 +137,7 @@ def test_several_noise_scales_need_a_choice() -> None:
 
 def test_a_source_must_take_part() -> None:
     with pytest.raises(MisconfigurationException, match="not among the Trainer's callbacks"):
-        fit([by_noise(source=GradientNoiseScale())])
+        fit([by_noise(source=GradientNoiseScale(1))])
 
 
 def test_two_instances_are_refused() -> None:

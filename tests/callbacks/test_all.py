@@ -55,7 +55,7 @@ CONTRACTS = {
         another=lambda: EMA(0.99),
     ),
     "GradientNoiseScale": Contract(
-        neutral=lambda: GradientNoiseScale(),
+        neutral=lambda: GradientNoiseScale(1),
         at_work=lambda: GradientNoiseScale(every_n_steps=2),
         another=lambda: GradientNoiseScale(every_n_steps=3),
     ),

@@ -46,7 +46,7 @@ def measure(
     noise: GradientNoiseScale | None = None, module: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
     """One epoch at frozen weights: the measurements, and the module with what it has seen."""
-    noise = GradientNoiseScale() if noise is None else noise
+    noise = GradientNoiseScale(1) if noise is None else noise
     train = kwargs.pop("train", None) or loader(dtype=torch.float64)
     others = kwargs.pop("callbacks", [])
     module = Still() if module is None else module
@@ -87,7 +87,7 @@ def in_windows(parts: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 def test_training_does_not_notice_it() -> None:
     plain, _ = fit()
-    watched, _ = fit([GradientNoiseScale(per_group=True)])
+    watched, _ = fit([GradientNoiseScale(1, per_group=True)])
     assert same_weights(plain, watched)
     assert plain.losses == watched.losses
 
@@ -232,27 +232,27 @@ def test_every_nth_step_is_measured() -> None:
 
 @pytest.mark.parametrize("smoothing", [0.5, 1.0])
 def test_the_estimate_is_the_ratio_of_smoothed_averages(smoothing: float) -> None:
-    noise = GradientNoiseScale(smoothing=smoothing)
+    noise = GradientNoiseScale(1, smoothing=smoothing)
     measured, _ = measure(noise)
     assert noise.estimate() == noise_scale(measured.tolist(), smoothing=smoothing)
 
 
 def test_groups_add_up_to_the_whole() -> None:
-    measured, _ = measure(GradientNoiseScale(per_group=True))
+    measured, _ = measure(GradientNoiseScale(1, per_group=True))
     whole, first, second = measured.unflatten(1, (3, 3)).unbind(1)
     assert_accurate((first + second)[:, :2], whole[:, :2])
     assert torch.equal(first[:, 2], whole[:, 2])
 
 
 def test_a_group_is_measured_as_if_it_were_alone() -> None:
-    both, module = measure(GradientNoiseScale(per_group=True))
+    both, module = measure(GradientNoiseScale(1, per_group=True))
     module.net[0].requires_grad_(False)
     alone = by_hand(module, in_windows(module.parts, 2))
     assert_accurate(both[:, 6:], alone)
 
 
 def test_the_estimate_of_a_group_comes_from_its_measurements() -> None:
-    noise = GradientNoiseScale(per_group=True)
+    noise = GradientNoiseScale(1, per_group=True)
     measured, _ = measure(noise)
     assert noise.estimate(1) == noise_scale(measured[:, 6:].tolist(), smoothing=0.99)
 
@@ -277,7 +277,7 @@ class WithUnused(Still):
 
 def test_parameters_without_a_gradient_count_nothing() -> None:
     full, _ = measure()
-    measured, _ = measure(GradientNoiseScale(per_group=True), WithUnused())
+    measured, _ = measure(GradientNoiseScale(1, per_group=True), WithUnused())
     assert torch.equal(measured[:, :3], full)
     assert torch.equal(measured[:, 9:11], torch.zeros_like(measured[:, 9:11]))
 
@@ -290,7 +290,7 @@ class Dead(Still):
 
 
 def test_gradients_of_zero_are_no_error() -> None:
-    noise = GradientNoiseScale()
+    noise = GradientNoiseScale(1)
     measured, _ = measure(noise, Dead())
     assert not measured[:, :2].any()
     assert noise.estimate().low == 0

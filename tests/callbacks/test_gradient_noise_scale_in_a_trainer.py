@@ -39,24 +39,24 @@ def hooks(module: nn.Module) -> int:
 
 def test_a_global_batch_of_one_part_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="at least two parts"):
-        fit([GradientNoiseScale()], accumulate_grad_batches=1)
+        fit([GradientNoiseScale(1)], accumulate_grad_batches=1)
 
 
 def test_manual_optimization_is_refused() -> None:
     module = Classifier()
     module.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match="automatic_optimization is False"):
-        fit([GradientNoiseScale()], module=module, accumulate_grad_batches=1)
+        fit([GradientNoiseScale(1)], module=module, accumulate_grad_batches=1)
 
 
 def test_an_estimate_needs_a_measurement() -> None:
     with pytest.raises(ValueError, match="measure at least once"):
-        GradientNoiseScale().estimate()
+        GradientNoiseScale(1).estimate()
 
 
 @pytest.mark.parametrize(("per_group", "group"), [(False, 0), (True, 1), (True, -1)])
 def test_an_estimate_of_an_unknown_group_is_refused(per_group: bool, group: int) -> None:
-    noise = GradientNoiseScale(per_group=per_group)
+    noise = GradientNoiseScale(1, per_group=per_group)
     fit([noise], max_steps=2)
     with pytest.raises(ValueError, match=f"group was {group}"):
         noise.estimate(group)
@@ -80,7 +80,7 @@ def test_a_wrong_argument_is_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_two_with_different_settings_live_together() -> None:
-    slow, fast = GradientNoiseScale(2), GradientNoiseScale(prefix="fast_")
+    slow, fast = GradientNoiseScale(2), GradientNoiseScale(1, prefix="fast_")
     _, run = fit([slow, fast])
     assert torch.equal(history(slow), history(fast)[::2])
     assert set(run.callback_metrics) >= NAMES | {f"fast_{name}" for name in NAMES}
@@ -88,7 +88,7 @@ def test_two_with_different_settings_live_together() -> None:
 
 def test_two_are_kept_apart_in_a_checkpoint(tmp_path: Path) -> None:
     def both() -> list[GradientNoiseScale]:
-        return [GradientNoiseScale(2), GradientNoiseScale(prefix="fast_")]
+        return [GradientNoiseScale(2), GradientNoiseScale(1, prefix="fast_")]
 
     written, read = both(), both()
     _, run = fit(written, max_epochs=1)
@@ -124,7 +124,7 @@ def test_resumed_after_any_step_it_measures_what_the_uninterrupted_run_does(
 
 def measure_growth(processes: int) -> Tensor:
     data = dataset(158, torch.float64)
-    noise = GradientNoiseScale()
+    noise = GradientNoiseScale(1)
     fit(
         [noise, AdaptiveBatchSize("0:16 48:32")],
         module=Classifier("adamw", dropout=0).double(),
@@ -148,13 +148,13 @@ def test_two_processes_measure_as_one_with_twice_the_accumulation() -> None:
 
 @pytest.mark.parametrize(("smoothing", "kept"), [(0.1, 7), (0.01, 4), (0.99, 24)])
 def test_measurements_too_old_to_count_are_forgotten(smoothing: float, kept: int) -> None:
-    noise, every = GradientNoiseScale(smoothing=smoothing), GradientNoiseScale(smoothing=1)
+    noise, every = GradientNoiseScale(1, smoothing=smoothing), GradientNoiseScale(1, smoothing=1)
     fit([noise, every])
     assert torch.equal(history(noise), history(every)[-kept:])
 
 
 def test_no_hook_is_left_after_training() -> None:
-    module, _ = fit([GradientNoiseScale()], max_steps=3)
+    module, _ = fit([GradientNoiseScale(1)], max_steps=3)
     assert hooks(module) == 0
 
 
@@ -169,7 +169,7 @@ class FailsInTheMiddle(Classifier):
 def test_no_hook_is_left_after_an_exception() -> None:
     module = FailsInTheMiddle()
     with pytest.raises(LookupError):
-        fit([GradientNoiseScale()], module=module)
+        fit([GradientNoiseScale(1)], module=module)
     assert hooks(module) == 0
 
 
@@ -188,7 +188,7 @@ def test_only_later_batches_of_measured_steps_have_hooks() -> None:
 @pytest.mark.parametrize("per_group", [False, True])
 def test_everything_is_logged(tmp_path: Path, per_group: bool) -> None:
     logger = CSVLogger(tmp_path)
-    noise = GradientNoiseScale(per_group=per_group)
+    noise = GradientNoiseScale(1, per_group=per_group)
     fit([noise], logger=logger, log_every_n_steps=1)
     logger.finalize("success")
     with open(Path(logger.log_dir) / "metrics.csv") as file:
@@ -200,7 +200,7 @@ def test_everything_is_logged(tmp_path: Path, per_group: bool) -> None:
 
 
 def test_the_logged_efficiency_is_that_of_the_present_batch() -> None:
-    noise = GradientNoiseScale()
+    noise = GradientNoiseScale(1)
     _, run = fit([noise])
     value = noise.estimate().value
     logged = {name: run.callback_metrics[name].item() for name in NAMES}
@@ -216,14 +216,14 @@ class AddsAGroup(Callback):
 
 
 def test_groups_that_change_begin_anew(tmp_path: Path) -> None:
-    noise = GradientNoiseScale(per_group=True)
+    noise = GradientNoiseScale(1, per_group=True)
     _, run = fit([noise, AddsAGroup()])
     run.save_checkpoint(tmp_path / "a.ckpt")
     assert history(noise).shape == (12, 9)
 
 
 def test_it_can_be_pickled_after_training() -> None:
-    noise = GradientNoiseScale()
+    noise = GradientNoiseScale(1)
     fit([noise], max_steps=3)
     assert pickle.loads(pickle.dumps(noise)).estimate() == noise.estimate()
 
@@ -238,7 +238,7 @@ class CheckInProcess(Callback):
 
 
 def test_it_survives_spawned_processes() -> None:
-    noise = GradientNoiseScale()
+    noise = GradientNoiseScale(1)
     run = trainer(
         [noise, CheckInProcess(noise)],
         strategy="ddp_spawn",

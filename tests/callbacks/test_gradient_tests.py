@@ -134,21 +134,21 @@ every_source = pytest.mark.parametrize(("source", "accumulate"), CASES)
 
 @every_source
 def test_every_statistic_is_that_of_the_gradients_by_hand(source: Any, accumulate: int) -> None:
-    noise = GradientNoiseScale(source=source, tests=BOTH)
+    noise = GradientNoiseScale(1, source=source, tests=BOTH)
     keep = measure(noise, accumulate)
     assert_true(noise, by_hand(keep.windows(accumulate), samples=source == "per_sample"))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 4, 100])
 def test_chunks_of_any_size_measure_the_same(chunk_size: int) -> None:
-    noise = GradientNoiseScale(source="per_sample", chunk_size=chunk_size, tests=BOTH)
+    noise = GradientNoiseScale(1, source="per_sample", chunk_size=chunk_size, tests=BOTH)
     keep = measure(noise, 2)
     assert_true(noise, by_hand(keep.windows(2), samples=True))
 
 
 @pytest.mark.parametrize("source", ["micro_batches", "per_sample"])
 def test_groups_are_measured_by_themselves(source: Any) -> None:
-    noise = GradientNoiseScale(source=source, per_group=True)
+    noise = GradientNoiseScale(1, source=source, per_group=True)
     keep = measure(noise, 2)
     second = noise.state_dict()["history"][:, 6:]
     module = Still()
@@ -160,7 +160,7 @@ def test_groups_are_measured_by_themselves(source: Any) -> None:
 @pytest.mark.parametrize("source", ["micro_batches", "per_sample"])
 @pytest.mark.parametrize("smoothing", [0.5, 1.0])
 def test_inner_products_are_averaged_as_the_noise_scale_is(source: Any, smoothing: float) -> None:
-    noise = GradientNoiseScale(source=source, smoothing=smoothing, tests=["inner_products"])
+    noise = GradientNoiseScale(1, source=source, smoothing=smoothing, tests=["inner_products"])
     keep = measure(noise, 2)
     rows = by_hand(keep.windows(2), samples=source == "per_sample").inner
     weights = smoothing ** torch.arange(len(rows) - 1.0, -1, -1).double()
@@ -191,7 +191,7 @@ def test_the_trace_of_pooled_samples_is_not_the_published_sum_which_counts_twice
 
 def measure_on(processes: int, source: Any, accumulate: int) -> tuple[Any, Any, Any]:
     data = dataset(48, torch.float64)
-    noise = GradientNoiseScale(source=source, tests=BOTH)
+    noise = GradientNoiseScale(1, source=source, tests=BOTH)
     keep = measure(
         noise,
         accumulate,
@@ -243,7 +243,7 @@ class Fused(Still):
 @every_source
 @pytest.mark.parametrize("module", [Still, Fused])
 def test_the_gradient_scalers_factor_is_undone(source: Any, accumulate: int, module: Any) -> None:
-    noise = GradientNoiseScale(source=source, tests=BOTH)
+    noise = GradientNoiseScale(1, source=source, tests=BOTH)
     keep = measure(noise, accumulate, module=module(), plugins=ScaledOnly())
     assert_true(noise, by_hand(keep.windows(accumulate), samples=source == "per_sample"))
 
@@ -261,7 +261,7 @@ class Spoils(Callback):
 
 @pytest.mark.parametrize("source", ["micro_batches", "per_sample"])
 def test_a_step_that_is_not_finite_leaves_every_statistic_alone(source: Any) -> None:
-    noise = GradientNoiseScale(source=source, tests=BOTH)
+    noise = GradientNoiseScale(1, source=source, tests=BOTH)
     keep = measure(noise, 2, callbacks=[Spoils(5)], plugins=ScaledOnly())
     assert len(keep.parts) == 6
     assert_true(noise, by_hand(keep.windows(2)[:-1], samples=source == "per_sample"))
@@ -269,14 +269,14 @@ def test_a_step_that_is_not_finite_leaves_every_statistic_alone(source: Any) -> 
 
 @pytest.mark.parametrize("source", ["micro_batches", "per_sample"])
 def test_a_first_step_that_is_not_finite_is_no_error(source: Any) -> None:
-    noise = GradientNoiseScale(source=source, tests=BOTH)
+    noise = GradientNoiseScale(1, source=source, tests=BOTH)
     keep = measure(noise, 2, callbacks=[Spoils(0)], plugins=ScaledOnly())
     assert_true(noise, by_hand(keep.windows(2)[1:], samples=source == "per_sample"))
 
 
 def test_gradients_may_be_taken_in_before_the_pass_is_over(monkeypatch: Any) -> None:
     monkeypatch.setattr("lightning_ext.callbacks._noise._gradient_parts._PENDING_BYTES", 0)
-    noise = GradientNoiseScale(tests=["coordinates"])
+    noise = GradientNoiseScale(1, tests=["coordinates"])
     keep = measure(noise, 3)
     truth = by_hand(keep.windows(3), samples=False)
     assert_accurate(noise.state_dict()["history"], truth.noise)
@@ -305,7 +305,7 @@ class Plain(Shared):
 
 
 def test_a_gradient_that_comes_in_pieces_is_put_together() -> None:
-    noise = GradientNoiseScale(tests=BOTH)
+    noise = GradientNoiseScale(1, tests=BOTH)
     keep = measure(noise, 3, module=Shared())
     assert_true(noise, by_hand(keep.windows(3), samples=False, module=Plain()))
 
@@ -327,7 +327,7 @@ class Partly(Still):
 
 
 def test_parameters_that_only_some_parts_reach_count_zero_for_the_others() -> None:
-    noise = GradientNoiseScale(tests=BOTH)
+    noise = GradientNoiseScale(1, tests=BOTH)
     keep = measure(noise, 2, module=Partly())
 
     def gradient(part: Part, batch_idx: int) -> np.ndarray:

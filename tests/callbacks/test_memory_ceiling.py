@@ -72,7 +72,7 @@ def test_a_start_that_does_not_fit_begins_with_smaller_micro_batches() -> None:
 
 
 def test_a_step_that_ran_in_parts_is_not_measured() -> None:
-    noise = GradientNoiseScale()
+    noise = GradientNoiseScale(1)
     with pytest.warns(UserWarning, match="ran out of memory"):
         fit([adaptive(), noise], module=Small(), train=loader(400), max_epochs=1)
     # Not the first of the large steps, which ran in parts, and not the last, which is cut.

@@ -67,7 +67,7 @@ Measured = tuple[NoiseScale, tuple[float, float]]
 @pytest.fixture(scope="module")
 def measured() -> Measured:
     """The estimate and the truth after one epoch of training."""
-    noise = GradientNoiseScale(smoothing=1)
+    noise = GradientNoiseScale(1, smoothing=1)
     module = Digits(lr=0.1)
     train = DataLoader(digits(), batch_size=32, shuffle=True)
     fit(module=module, train=train, max_epochs=1, accumulate_grad_batches=1)

@@ -15,7 +15,7 @@ ON_GPU = {"accelerator": "gpu", "devices": 1}
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_all_three_train(precision: str) -> None:
-    noise, average = GradientNoiseScale(per_group=True), EMA(0.9)
+    noise, average = GradientNoiseScale(1, per_group=True), EMA(0.9)
     adaptive = AdaptiveBatchSize("0:8 40:16 100:32", max_micro_batch=8)
     _, run = fit([adaptive, noise, average], precision=precision, **ON_GPU)
     assert adaptive.samples_seen == 192
@@ -28,7 +28,7 @@ def test_all_three_train(precision: str) -> None:
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_neutral_is_bitwise_the_run_without_it(precision: str) -> None:
-    neutral = [AdaptiveBatchSize("0:8", rescale_last_window=False), GradientNoiseScale(), EMA()]
+    neutral = [AdaptiveBatchSize("0:8", rescale_last_window=False), GradientNoiseScale(1), EMA()]
     with_ours, _ = fit(neutral, train=loader(50), precision=precision, **ON_GPU)
     without, _ = fit([], train=loader(50), precision=precision, **ON_GPU)
     assert same_weights(with_ours, without)

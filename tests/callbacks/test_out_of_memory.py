@@ -138,7 +138,7 @@ class Watch(Callback):
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_the_noise_scale_leaves_out_steps_that_ran_in_parts_and_goes_on(where: str) -> None:
-    noise = GradientNoiseScale()
+    noise = GradientNoiseScale(1)
     watch = Watch(noise)
     adaptive = AdaptiveBatchSize(
         "noise_scale", max_global_batch=64, max_micro_batch=16, dwell_samples=10**9
@@ -157,7 +157,7 @@ def test_what_the_noise_scale_measures_is_that_of_the_other_steps(where: str) ->
             if self.failures:
                 self.limit, recover.handle.ceiling = 1000, None
 
-    whole, parts, recover = GradientNoiseScale(), GradientNoiseScale(), Recover()
+    whole, parts, recover = GradientNoiseScale(1), GradientNoiseScale(1), Recover()
     settings = {"train": data(), "accumulate_grad_batches": 3, "max_epochs": 1}
     fit([whole], module=Limited(), **settings)
     fit([parts, recover], module=Once(2, where, since=4), **settings)

@@ -21,7 +21,7 @@ BOTH = ("inner_products", "coordinates")
 
 
 def per_sample(*args: Any, **kwargs: Any) -> GradientNoiseScale:
-    return GradientNoiseScale(*args, source="per_sample", **kwargs)
+    return GradientNoiseScale(*(args or (1,)), source="per_sample", **kwargs)
 
 
 class Net(LightningModule):
@@ -160,7 +160,7 @@ def test_what_it_writes_loads_with_weights_only(tmp_path: Path) -> None:
 
 
 def test_a_state_from_before_there_were_tests_can_be_read() -> None:
-    noise = GradientNoiseScale(tests=BOTH)
+    noise = GradientNoiseScale(1, tests=BOTH)
     noise.load_state_dict({"history": torch.tensor([[1.0, 8.0, 4.0]]).double(), "windows": 1})
     assert noise.estimate().value == 8
     assert noise.inner_products() is None
@@ -168,7 +168,7 @@ def test_a_state_from_before_there_were_tests_can_be_read() -> None:
 
 
 def test_both_sources_live_together() -> None:
-    samples, parts = per_sample(prefix="per_sample_"), GradientNoiseScale()
+    samples, parts = per_sample(prefix="per_sample_"), GradientNoiseScale(1)
     _, run = fit([samples, parts], module=Net())
     assert samples.state_key != parts.state_key
     assert {"noise_scale", "per_sample_noise_scale"} <= run.callback_metrics.keys()
@@ -176,7 +176,7 @@ def test_both_sources_live_together() -> None:
 
 @pytest.mark.parametrize("source", ["micro_batches", "per_sample"])
 def test_it_can_be_pickled_before_and_after(source: Any) -> None:
-    noise = GradientNoiseScale(source=source, tests=BOTH)
+    noise = GradientNoiseScale(1, source=source, tests=BOTH)
     pickle.loads(pickle.dumps(noise))
     fit([noise], module=Net(), max_steps=2)
     assert pickle.loads(pickle.dumps(noise)).inner_products() == noise.inner_products()
@@ -196,14 +196,14 @@ COORDINATES = {f"coordinate_ratio_{percent}" for percent in (50, 90, 99, 100)}
     ],
 )
 def test_what_is_asked_for_is_logged(tests: Any, names: set[str]) -> None:
-    noise = GradientNoiseScale(tests=tests, prefix="a_")
+    noise = GradientNoiseScale(1, tests=tests, prefix="a_")
     _, run = fit([noise], max_steps=3)
     found = {name.removeprefix("a_") for name in run.callback_metrics}
     assert found & (INNER | COORDINATES) == names
 
 
 def test_tests_may_be_added_before_fit() -> None:
-    noise = GradientNoiseScale(tests=["coordinates"])
+    noise = GradientNoiseScale(1, tests=["coordinates"])
     noise.add_tests({"inner_products"})
     noise.add_tests(["coordinates"])
     assert noise.tests == BOTH
@@ -212,7 +212,7 @@ def test_tests_may_be_added_before_fit() -> None:
 
 
 def test_what_was_not_asked_for_is_not_known() -> None:
-    noise = GradientNoiseScale()
+    noise = GradientNoiseScale(1)
     fit([noise], max_steps=2)
     assert noise.inner_products() is None
     assert noise.coordinates() is None
@@ -233,7 +233,7 @@ class SkipsOne(Callback):
 @pytest.mark.parametrize("batch_idx", [2, 3])
 def test_a_window_may_be_left_out(source: Any, batch_idx: int) -> None:
     def measured(skips: bool) -> Tensor:
-        noise = GradientNoiseScale(source=source)
+        noise = GradientNoiseScale(1, source=source)
         others = [SkipsOne(noise, batch_idx)] if skips else []
         fit([noise, *others], module=Net(dropout=0), max_epochs=1, train=loader(24))
         found: Tensor = noise.state_dict()["history"]

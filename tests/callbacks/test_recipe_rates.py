@@ -181,7 +181,7 @@ def test_it_looks_again_when_the_noise_scale_is_known() -> None:
     index, x, _ = data.tensors
     one_class = DataLoader(TensorDataset(index, x, 0 * index), batch_size=4, shuffle=True)
     recipe = look(
-        beside=[GradientNoiseScale()],
+        beside=[GradientNoiseScale(1)],
         train=one_class,
         optimizer=lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9),
     )

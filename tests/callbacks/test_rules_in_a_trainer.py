@@ -156,7 +156,7 @@ def test_what_the_batch_cannot_reach_the_learning_rate_gives(needs: tuple[str, .
     rule = Note(frozenset(needs), target=256.0, damps_lr=True)
     options: dict[str, Any] = {"dwell_samples": 0, "growth": 100, "lr_rule": "constant"}
     batch = AdaptiveBatchSize(rule, max_global_batch=64, **options)
-    _, run = fit([batch, GradientNoiseScale()], train=loader(640), max_epochs=1)
+    _, run = fit([batch, GradientNoiseScale(1)], train=loader(640), max_epochs=1)
     assert batch.global_batch == 64
     assert run.callback_metrics["lr_scaled"] == pytest.approx(1e-2 * 64 / 256)
     assert run.optimizers[0].param_groups[0]["lr"] == 1e-2
@@ -193,7 +193,7 @@ def test_the_budget_counts_samples_or_updates(progress: str, steps: int) -> None
 
 
 def test_under_adascale_a_step_counts_by_its_gain() -> None:
-    noise = GradientNoiseScale()
+    noise = GradientNoiseScale(1)
     options: dict[str, Any] = {"reference_batch": 8, "lr_rule": "adascale"}
     batch = AdaptiveBatchSize("0:32", max_samples=200, **options)
     _, run = fit([noise, batch], module=Classifier("sgd"), max_epochs=-1)
@@ -228,7 +228,7 @@ class Steep(Classifier):
 
 
 def test_the_first_step_past_the_noise_scale_is_clamped_already() -> None:
-    noise = GradientNoiseScale()
+    noise = GradientNoiseScale(1)
     batch = AdaptiveBatchSize("0:8 96:96", max_micro_batch=48, lr_rule="linear")
     rates = []
 
@@ -276,7 +276,7 @@ def test_everything_that_a_rule_reads_survives_a_checkpoint(tmp_path: Any) -> No
         keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
         module = Classifier(schedulers=by_cosine)
         checkpoint: dict[str, Any] = {"ckpt_path": ckpt_path, "enable_checkpointing": True}
-        fit([batch, GradientNoiseScale(), keep], module=module, **checkpoint)
+        fit([batch, GradientNoiseScale(1), keep], module=module, **checkpoint)
         return rule.seen, batch.state_dict()
 
     seen, state = run()

@@ -30,6 +30,7 @@ class FollowingRates:
         self.clamp = clamp
         self.scale_second_moment = scale_second_moment
         self._scaling: BatchScaling | None = None
+        self._source: GradientNoiseScale | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -72,6 +73,8 @@ class FollowingRates:
 
     def set_kappa(self, kappa: float) -> None:
         """Goes to another batch."""
+        if self._source is not None:
+            self._noise = self._usable(self._source.estimate())
         if self._scaling is not None:
             self._scaling.set_kappa(kappa, noise_scale=self._noise)
 
@@ -79,8 +82,8 @@ class FollowingRates:
         """Follows a new measurement of the noise scale."""
         if self._scaling is None or source is None or not source.measured:
             return
-        if self.needs_noise or self.clamp:
-            self._noise = self._usable(source.estimate())
+        self._source = source
+        if self.needs_noise or (self.clamp and self._scaling.kappa > 1):
             self.set_kappa(self._scaling.kappa)
 
     def damp(self, factor: float) -> None:
@@ -94,7 +97,7 @@ class FollowingRates:
         if self._scaling is None:
             return False
         self._scaling.detach()
-        self._scaling = None
+        self._scaling = self._source = None
         return True
 
     def state_dict(self) -> dict[str, Any]:
