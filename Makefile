@@ -34,7 +34,7 @@ gpu: ## GPU tests and benchmarks, with the python that is there
 
 clean: ## remove the environment, caches and run folders
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
-	rm -rf lightning_logs wandb runs
+	rm -rf lightning_logs wandb runs .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
