@@ -174,9 +174,15 @@ def test_target_and_statistic_are_logged_and_a_change_is_told(
     assert "global batch 8 → 16 after 8 samples: as told" in caplog.text
 
 
+@dataclass
+class Settled(Note):
+    """Says how hyper-parameters follow it."""
+
+    lr_rule: str = "constant"
+
+
 def test_a_rule_may_say_how_hyper_parameters_follow() -> None:
-    rule = Note(target=32.0)
-    rule.lr_rule = "constant"  # type: ignore[attr-defined]
+    rule = Settled(target=32.0)
     batch = AdaptiveBatchSize(rule, max_global_batch=64)
     _, run = fit([batch], max_epochs=1)
     assert run.callback_metrics["lr_scaled"] == pytest.approx(1e-2)
