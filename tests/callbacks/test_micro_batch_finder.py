@@ -320,7 +320,7 @@ def test_modules_that_step_by_themselves_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="automatic_optimization is False"):
         one_step(MicroBatchFinder(), manual, accumulate_grad_batches=1)
     without = Classifier()
-    without.configure_optimizers = lambda: None  # type: ignore[method-assign]
+    without.configure_optimizers = lambda: None
     with (
         pytest.warns(UserWarning, match="this fit will run with no optimizer"),
         pytest.raises(MisconfigurationException, match="there is no optimizer"),

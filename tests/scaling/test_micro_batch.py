@@ -120,7 +120,7 @@ def test_arguments_out_of_range_are_refused(
     change: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        largest_passing(Memory(1), **{"largest": 8, **change})  # type: ignore[arg-type]
+        largest_passing(Memory(1), **{"largest": 8, **change})
 
 
 def test_neighbours_with_equal_ceilings_become_the_longest() -> None:
