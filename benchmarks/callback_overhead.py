@@ -11,15 +11,11 @@ device; a new run replaces its rows.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
-import platform
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,13 +26,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from benchmarks._rows import KEY, describe, name_of, write
 from examples.language_model.data import TextFolder, Windows
 from examples.language_model.module import GPT
 from lightning_ext.callbacks import EMA, AdaptiveBatchSize, GradientNoiseScale
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "callback_overhead.csv"
-KEY = ("thing", "variant", "mode", "dtype", "shape", "device")
 WARM_UP = 3
 Makes = Callable[[int], list[Callback]]
 # By thing: how it is used, and what makes the callbacks for a global batch.
@@ -173,38 +169,6 @@ def measure(thing: str, shape: str, device: str, pairs: int) -> dict[str, str]:
     return {name: f"{value:.4g}" for name, value in figures.items()} | {"pairs": str(pairs)}
 
 
-def describe() -> dict[str, str]:
-    """What a row needs so that its figures can be placed."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    versions = {name: version(name) for name in ("torch", "lightning")}
-    commit = {"commit": done.stdout.strip() or "unknown"}
-    return commit | versions | {"date": time.strftime("%Y-%m-%d")}
-
-
-def name_of(device: str) -> str:
-    """The card, or the processor and its threads."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, 1 thread"
-
-
-def write(rows: list[dict[str, str]], path: Path = RESULTS) -> None:
-    """Put the rows in the place of those with the same key."""
-    kept = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            kept = list(csv.DictReader(file))
-    new = {tuple(row[key] for key in KEY) for row in rows}
-    kept = [row for row in kept if tuple(row[key] for key in KEY) not in new]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(sorted([*kept, *rows], key=lambda row: [row[key] for key in KEY]))
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -230,7 +194,7 @@ def main() -> None:
             found = measure(thing, shape, args.device, args.pairs)
             rows.append(dict(zip(KEY, key, strict=True)) | found | describe())
             print(" ".join((*key[:1], shape)), found)
-    write(rows)
+    write(rows, RESULTS)
 
 
 if __name__ == "__main__":

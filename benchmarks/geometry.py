@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from benchmarks.callback_overhead import KEY, describe, name_of, write
+from benchmarks._rows import KEY, describe, name_of, write
 from examples.language_model.module import GPT
 from lightning_ext import functional
 from lightning_ext._lightning import View

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import _invariance_report as reporting
 from benchmarks._invariance_tasks import TASKS, Task
-from benchmarks.callback_overhead import describe
+from benchmarks._rows import describe
 from lightning_ext.callbacks import EMA, AdaptiveBatchSize
 from lightning_ext.scaling import half_life_to_decay
 
