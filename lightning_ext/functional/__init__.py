@@ -1,11 +1,29 @@
 """Tensors in, tensors out: each formula once, in plain torch."""
 
 from lightning_ext.functional._adam_instability import adam_instability_sums
+from lightning_ext.functional._contrastive._blocks import (
+    block_logsumexp,
+    block_logsumexp_grads,
+    merge_logsumexp,
+)
+from lightning_ext.functional._contrastive._losses import (
+    clip_loss,
+    info_nce_loss,
+    nt_xent_loss,
+    siglip_loss,
+)
+from lightning_ext.functional._contrastive._siglip import siglip_grads
 from lightning_ext.functional._coordinates import (
     coordinate_quantiles,
     coordinate_sums,
     coordinate_variance,
 )
+from lightning_ext.functional._diff_norms import (
+    accumulated_sq_norms,
+    accumulated_sq_norms_,
+    diff_sq_norms,
+)
+from lightning_ext.functional._ema import ema_update_
 from lightning_ext.functional._geometry import (
     adam_preconditioned,
     deviation_sum,
@@ -24,37 +42,137 @@ from lightning_ext.functional._lanczos import (
     ritz_values,
     spectral_density,
 )
+from lightning_ext.functional._layer_norm import layer_norm, rms_norm
+from lightning_ext.functional._newton_schulz import newton_schulz
 from lightning_ext.functional._norm_layers import affine_sample_gradients, sample_sq_norms
 from lightning_ext.functional._orthogonalize import orthogonalize, trace_sqrt
 from lightning_ext.functional._part_norms import part_sq_norms, sq_norms
 from lightning_ext.functional._per_sample import per_sample_gradients
 from lightning_ext.functional._projections import inner_products
+from lightning_ext.functional._quantization._dequantize_reduce import (
+    dequantize_reduce,
+    dequantize_reduce_quantize,
+)
+from lightning_ext.functional._quantization._quantize import quantize
+from lightning_ext.functional._quantization._quantized import Quantized, dequantize, quantized_bytes
+from lightning_ext.functional._quantization._random_bits import random_bits
+from lightning_ext.functional._quantization._round_stochastic import round_stochastic
+from lightning_ext.functional._quantization._signs import (
+    majority_vote,
+    pack_signs,
+    sum_signs,
+    unpack_signs,
+    unpack_votes,
+)
 from lightning_ext.functional._saved_bytes import saved_bytes
+from lightning_ext.functional._states._formats import decode_state, encode_state
+from lightning_ext.functional._states._quantized_state import (
+    QuantizedState,
+    export_state,
+    import_state,
+    state_bytes,
+    zero_state,
+)
+from lightning_ext.functional._unit_norms import unit_norms
+from lightning_ext.functional._updates._elementwise import adamw_update, lion_update, sgd_update
+from lightning_ext.functional._updates._factored import (
+    FactoredState,
+    came_update,
+    came_vector_update,
+)
+from lightning_ext.functional._updates._foreach_elementwise import (
+    adamw_update_,
+    lion_update_,
+    sgd_update_,
+)
+from lightning_ext.functional._updates._foreach_factored import came_update_, came_vector_update_
+from lightning_ext.functional._updates._foreach_radial_projection import adamp_update_
+from lightning_ext.functional._updates._foreach_trust import lamb_update_, lars_update_
+from lightning_ext.functional._updates._radial_projection import adamp_update, radial_part
+from lightning_ext.functional._updates._split_weight import join_weight, split_weight
+from lightning_ext.functional._updates._trust import clip_coefficient, lamb_update, lars_update
 
 __all__ = [
+    "FactoredState",
+    "Quantized",
+    "QuantizedState",
+    "accumulated_sq_norms",
+    "accumulated_sq_norms_",
     "adam_instability_sums",
     "adam_preconditioned",
+    "adamp_update",
+    "adamp_update_",
+    "adamw_update",
+    "adamw_update_",
     "affine_sample_gradients",
+    "block_logsumexp",
+    "block_logsumexp_grads",
     "bulk_edges",
+    "came_update",
+    "came_update_",
+    "came_vector_update",
+    "came_vector_update_",
+    "clip_coefficient",
+    "clip_loss",
     "coordinate_quantiles",
     "coordinate_sums",
     "coordinate_variance",
+    "decode_state",
+    "dequantize",
+    "dequantize_reduce",
+    "dequantize_reduce_quantize",
     "deviation_sum",
+    "diff_sq_norms",
+    "ema_update_",
+    "encode_state",
+    "export_state",
     "fold_norms",
     "gradient_snr",
+    "import_state",
+    "info_nce_loss",
     "inner_products",
+    "join_weight",
+    "lamb_update",
+    "lamb_update_",
     "lanczos",
+    "lars_update",
+    "lars_update_",
+    "layer_norm",
+    "lion_update",
+    "lion_update_",
+    "majority_vote",
     "matrix_covariance",
     "mean_gradient_snr",
+    "merge_logsumexp",
+    "newton_schulz",
+    "nt_xent_loss",
     "orthogonalize",
+    "pack_signs",
     "part_sq_norms",
     "per_sample_gradients",
+    "quantize",
+    "quantized_bytes",
+    "radial_part",
+    "random_bits",
     "ritz_values",
+    "rms_norm",
+    "round_stochastic",
     "sample_sq_norms",
     "saved_bytes",
+    "sgd_update",
+    "sgd_update_",
+    "siglip_grads",
+    "siglip_loss",
     "small_gram",
     "spectral_density",
+    "split_weight",
     "sq_norms",
+    "state_bytes",
+    "sum_signs",
     "trace_sqrt",
+    "unit_norms",
+    "unpack_signs",
+    "unpack_votes",
     "vrgd_scale",
+    "zero_state",
 ]

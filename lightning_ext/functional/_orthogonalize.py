@@ -18,7 +18,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_ext.functional._widen import widen
+from lightning_ext.functional._newton_schulz import even_quintic
+from lightning_ext.functional._widen import widen, without_autocast
 
 # a, b, c of a s + b s³ + c s⁵.
 _STEPS = (
@@ -59,17 +60,8 @@ def orthogonalize(x: Tensor, *, steps: int = 6) -> Tensor:
     _check(x, steps)
     if x.shape[-2] > x.shape[-1]:
         return orthogonalize(x.mT, steps=steps).mT
-    rows, columns = x.shape[-2:]
-    wide = _scaled(widen(x))
-    gram = wide @ wide.mT
-    size = _size(gram)
-    gram = gram / size
-    if columns >= 2 * rows:
-        return (_inverse_root(gram, steps) / size.sqrt()) @ wide
-    wide = wide / size.sqrt()
-    for step in range(steps):
-        wide = _polynomial(gram if step == 0 else wide @ wide.mT, step) @ wide
-    return wide
+    with without_autocast(x):
+        return _factor(x, steps)
 
 
 def trace_sqrt(x: Tensor) -> Tensor:
@@ -100,6 +92,21 @@ def trace_sqrt(x: Tensor) -> Tensor:
     return torch.where(finite, values.clamp_min(0).sqrt().sum(-1), math.nan)
 
 
+def _factor(x: Tensor, steps: int) -> Tensor:
+    """U Vᵀ of matrices that are no higher than wide."""
+    rows, columns = x.shape[-2:]
+    wide = _scaled(widen(x))
+    gram = wide @ wide.mT
+    size = _size(gram)
+    gram = gram / size
+    if columns >= 2 * rows:
+        return (_inverse_root(gram, steps) / size.sqrt()) @ wide
+    wide = wide / size.sqrt()
+    for step in range(steps):
+        wide = _polynomial(gram if step == 0 else wide @ wide.mT, step) @ wide
+    return wide
+
+
 def _check(x: Tensor, steps: int) -> None:
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; give matrices, shape (…, m, n)")
@@ -126,9 +133,7 @@ def _size(gram: Tensor) -> Tensor:
 def _polynomial(gram: Tensor, step: int) -> Tensor:
     """What the next singular values are divided by the present ones: a + b s² + c s⁴."""
     a, b, c = _STEPS[step] if step < len(_STEPS) else _FURTHER
-    square = gram.flatten(0, -3) if gram.ndim > 3 else gram
-    product = torch.baddbmm if gram.ndim > 2 else torch.addmm
-    found = product(square, square, square, beta=b, alpha=c).view_as(gram)
+    found = even_quintic(gram, b, c)
     found.diagonal(dim1=-2, dim2=-1).add_(a)
     return found
 

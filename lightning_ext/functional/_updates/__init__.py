@@ -1,0 +1,1 @@
+"""Steps of optimizers: the formula of one parameter, and lists of them in place."""
