@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 HAS_CUDA = torch.cuda.is_available()
 if HAS_CUDA:
@@ -12,6 +13,10 @@ if HAS_CUDA:
 else:
     # Read once, when triton is first imported: none of the imports above does, lightning does.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Threads of a compiler and of its progress bars, whose locks a forked rank would find taken.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+tqdm.monitor_interval = 0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -14,7 +14,11 @@ ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 PUBLIC_ROOMS = [room for room in ROOMS if not room.startswith("_")]
 TEST_FILES = sorted((ROOT / "tests").rglob("test_*.py"))
 # Private by name, shared by design.
-OPEN_TO_TESTS = ("lightning_ext._lightning", "lightning_ext._require")
+OPEN_TO_TESTS = (
+    "lightning_ext._lightning",
+    "lightning_ext._require",
+    "lightning_ext.kernels._triton",
+)
 
 
 def loaded_modules(*modules: str) -> set[str]:
@@ -49,6 +53,13 @@ def test_importing_every_room_loads_nothing_heavy() -> None:
     assert not [name for name in extra for h in heavy if name == h or name.startswith(f"{h}.")]
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_kernels_folder_imports_triton(path: Path) -> None:
+    assert "_triton" in path.parts or not any(
+        name.split(".")[0] == "triton" for name in imports(path)
+    )
+
+
 @pytest.mark.parametrize("room", PUBLIC_ROOMS)
 def test_a_room_lists_its_contents(room: str) -> None:
     module = importlib.import_module(f"lightning_ext.{room}")
@@ -72,6 +83,14 @@ def test_files_of_a_room_are_private(room: str) -> None:
 def test_a_file_is_short(path: Path) -> None:
     limit = 400 if "_triton" in path.parts else 300
     assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_rooms_and_not_their_files(path: Path) -> None:
+    own = f"lightning_ext.{path.relative_to(PACKAGE).parts[0]}."
+    shared = ("lightning_ext.functional.",) if "kernels" in path.parts else ()
+    names = [name for name in imports(path) if is_private(name)]
+    assert not [name for name in names if not name.startswith((own, *shared))]
 
 
 @pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,4 +1,5 @@
 import os
+import threading
 import time
 from typing import Any
 
@@ -172,3 +173,11 @@ def test_shapes_must_agree() -> None:
 def test_the_truth_must_be_float64() -> None:
     with pytest.raises(TypeError, match="float64"):
         assert_accurate(torch.ones(1), torch.ones(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_compiling_starts_no_threads_whose_locks_a_forked_rank_would_find_taken() -> None:
+    before = set(threading.enumerate())
+    doubled = torch.compile(lambda x: 2 * x)
+    assert doubled(torch.ones(3)).tolist() == [2, 2, 2]
+    assert set(threading.enumerate()) <= before

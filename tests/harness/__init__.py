@@ -14,12 +14,16 @@ from harness._fits import (
     same_weights,
     trainer,
 )
+from harness._kernel_case import Cast, KernelCase, variants
+from harness._launches import launches
 from harness._noise_parts import Follows
 from harness._sharded import fsdp2, shard
 
 __all__ = [
+    "Cast",
     "Classifier",
     "Follows",
+    "KernelCase",
     "Part",
     "Still",
     "assert_accurate",
@@ -28,9 +32,11 @@ __all__ = [
     "fit",
     "fsdp2",
     "identical",
+    "launches",
     "loader",
     "run_distributed",
     "same_weights",
     "shard",
     "trainer",
+    "variants",
 ]

@@ -1,0 +1,1 @@
+"""Logits by tiles: log-sum-exps, sums of sigmoids and their gradients."""

@@ -1,0 +1,1 @@
+"""Codes of blocks and of signs."""

@@ -1,0 +1,1 @@
+"""Optimizer states in few bits, loaded and stored within other kernels."""

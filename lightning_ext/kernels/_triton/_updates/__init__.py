@@ -1,0 +1,1 @@
+"""Steps of optimizers over lists of parameters."""
