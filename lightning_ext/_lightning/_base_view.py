@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_ext import functional
+from lightning_ext import functional, kernels
 from lightning_ext._lightning._lengths import epoch_end, epoch_is_open, sync_lengths
 from lightning_ext._lightning._loader import live_sampler
 from lightning_ext._lightning._own_gradients import Note, OwnGradients
@@ -82,7 +82,8 @@ class View:
         Returns:
             Shape (max(columns) + 1,).
         """
-        return functional.sq_norms(tensors, columns, foreach=True)
+        with torch.no_grad():
+            return kernels.sq_norms(tensors, columns)
 
     def reduce_columns(self, sums: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
         """Adds up what the ranks that split tensors found in their parts of them.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn import Parameter
 
-from lightning_ext import functional
+from lightning_ext import kernels
 from lightning_ext._lightning._base_view import DistributedView
 from lightning_ext._lightning._own_gradients import divide_factors, reshard
 
@@ -101,7 +101,8 @@ class ShardedView(DistributedView):
         ]
         last = len(kinds) * count - 1
         local = [*self.local_parts(tensors), None]
-        sums = functional.sq_norms(local, [*members, last], foreach=True).view(len(kinds), count)
+        with torch.no_grad():
+            sums = kernels.sq_norms(local, [*members, last]).view(len(kinds), count)
         return torch.stack([_over(kind, row) for kind, row in zip(kinds, sums, strict=True)]).sum(0)
 
     def reduce_columns(self, sums: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from lightning_ext import kernels
 from lightning_ext._lightning import View, local_part, reshard
 
 
@@ -50,12 +51,8 @@ class AveragedWeights:
         floating = [name for name, tensor in live.items() if _has_fractions(tensor)]
         # Sharded and plain tensors in one list are too much for torch; their parts are not.
         averages = [local_part(self._tensors[name]) for name in floating]
-        present = [
-            local_part(live[name].detach()).to(average.dtype)
-            for name, average in zip(floating, averages, strict=True)
-        ]
-        if averages:
-            torch._foreach_lerp_(averages, present, 1 - decay)
+        present = [local_part(live[name]) for name in floating]
+        kernels.ema_update_(averages, present, decay)
         for name in live.keys() - floating:
             self._tensors[name].copy_(live[name])
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_ext import functional
+from lightning_ext import functional, kernels
 
 
 class ParameterGroups:
@@ -61,7 +61,10 @@ class ParameterGroups:
         """
         # The last counts for cells without parameters.
         members = [*self.cells, self.count - 1]
-        return functional.sq_norms([*gradients, None], members, foreach=foreach)
+        if not foreach:
+            return functional.sq_norms([*gradients, None], members)
+        with torch.no_grad():
+            return kernels.sq_norms([*gradients, None], members)
 
 
 def submodules(module: nn.Module, wanted: bool | Sequence[str]) -> dict[str, nn.Module]:
