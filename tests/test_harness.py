@@ -1,7 +1,8 @@
+import gc
 import os
 import threading
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -181,3 +182,29 @@ def test_compiling_starts_no_threads_whose_locks_a_forked_rank_would_find_taken(
     doubled = torch.compile(lambda x: 2 * x)
     assert doubled(torch.ones(3)).tolist() == [2, 2, 2]
     assert set(threading.enumerate()) <= before
+
+
+class Left:
+    """Garbage that only the collector finds."""
+
+    ended: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        self.ended.append(os.getpid())
+
+
+def garbage_that_ended_here() -> int:
+    gc.collect()
+    return Left.ended.count(os.getpid())
+
+
+def test_a_rank_leaves_the_garbage_of_its_parent_alone() -> None:
+    gc.disable()
+    try:
+        Left()  # could wait, at its end, for a thread that a forked rank does not have
+        assert run_distributed(garbage_that_ended_here, 1) == [0]
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -135,6 +136,7 @@ def _receive(receiver: Connection, process: BaseProcess) -> Any:
 
 
 def _work(sender: Connection, call: bytes, environment: dict[str, str], forked: Event) -> None:
+    gc.freeze()  # what the parent let go of may wait for threads at its end that are not here
     forked.wait()
     os.environ.update(environment)
     torch.set_num_threads(1)
