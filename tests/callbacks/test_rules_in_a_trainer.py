@@ -85,8 +85,9 @@ def _mean_loss() -> list[float | None]:
 
 
 def test_two_processes_see_the_loss_of_one() -> None:
-    alone = run_distributed(_mean_loss, 1)[0]
-    for together in run_distributed(_mean_loss, 2):
+    # Not forked: what other tests leave of Lightning's patches of DataLoader would be inherited.
+    alone = run_distributed(_mean_loss, 1, start_method="spawn")[0]
+    for together in run_distributed(_mean_loss, 2, start_method="spawn"):
         assert together == pytest.approx(alone, rel=1e-6)
 
 
