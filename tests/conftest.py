@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
 HAS_CUDA = torch.cuda.is_available()
@@ -50,3 +51,15 @@ def _nothing_left_behind() -> Iterator[None]:
         torch.distributed.destroy_process_group()
     os.environ.clear()
     os.environ.update(environ)
+    for base in (DataLoader, BatchSampler):
+        _unpatch(base)
+
+
+def _unpatch(cls: type) -> None:
+    """Take back what Lightning leaves of its patches where a `train_dataloader` hook raises."""
+    for name in ("__setattr__", "__delattr__", "__init__"):
+        if f"__old{name}" in cls.__dict__:
+            setattr(cls, name, cls.__dict__[f"__old{name}"])
+            delattr(cls, f"__old{name}")
+    for child in cls.__subclasses__():
+        _unpatch(child)
