@@ -55,6 +55,7 @@ from lightning_ext.functional._quantization._dequantize_reduce import (
     dequantize_reduce,
     dequantize_reduce_quantize,
 )
+from lightning_ext.functional._quantization._error_feedback import error_feedback
 from lightning_ext.functional._quantization._quantize import quantize
 from lightning_ext.functional._quantization._quantized import Quantized, dequantize, quantized_bytes
 from lightning_ext.functional._quantization._random_bits import random_bits
@@ -176,6 +177,7 @@ __all__ = [
     "diffgrad_update_",
     "ema_update_",
     "encode_state",
+    "error_feedback",
     "export_state",
     "fold_norms",
     "gauss_newton_direction",

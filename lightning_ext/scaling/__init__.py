@@ -15,6 +15,21 @@ from lightning_ext.scaling._branches import (
     critical_batch_from_branches,
     smooth_losses,
 )
+from lightning_ext.scaling._communication._memory import ShardedMemory, sharded_memory
+from lightning_ext.scaling._communication._sizes import block_bytes, padded_parameters
+from lightning_ext.scaling._communication._time import (
+    Links,
+    break_even_bandwidth,
+    break_even_micro_batch,
+    step_time,
+)
+from lightning_ext.scaling._communication._traffic import (
+    COLLECTIVES,
+    Traffic,
+    collective_traffic,
+    exchange_traffic,
+)
+from lightning_ext.scaling._communication._volume import CommunicationBytes, communication_bytes
 from lightning_ext.scaling._controller import BatchSplit, next_global_batch, split_global_batch
 from lightning_ext.scaling._critical_batch_estimate import (
     CRITICAL_BATCH_DEFINITIONS,
@@ -133,6 +148,7 @@ from lightning_ext.scaling._steps_to_target import (
 
 __all__ = [
     "ADVICE_INPUTS",
+    "COLLECTIVES",
     "COORDINATE_FRACTIONS",
     "CRITICAL_BATCH_DEFINITIONS",
     "ESTIMATED_FIELDS",
@@ -155,6 +171,7 @@ __all__ = [
     "BranchedRule",
     "ChinchillaLaw",
     "ChinchillaRefit",
+    "CommunicationBytes",
     "CoordinateTest",
     "CriticalBatchEstimate",
     "CriticalBatchFit",
@@ -173,6 +190,7 @@ __all__ = [
     "Interval",
     "KaplanLaw",
     "Law",
+    "Links",
     "LogFit",
     "Meaning",
     "MemoryModel",
@@ -189,6 +207,7 @@ __all__ = [
     "Proposal",
     "RadaDamp",
     "Seesaw",
+    "ShardedMemory",
     "SimilarityRule",
     "StepLaw",
     "StepTime",
@@ -196,6 +215,7 @@ __all__ = [
     "SweepRow",
     "TimeTransfer",
     "TokenHorizon",
+    "Traffic",
     "UntunedBatch",
     "VideoDiTLaw",
     "ZhangCriticalBatch",
@@ -207,6 +227,11 @@ __all__ = [
     "batch_curvature",
     "batch_efficiency",
     "best_of_sweep",
+    "block_bytes",
+    "break_even_bandwidth",
+    "break_even_micro_batch",
+    "collective_traffic",
+    "communication_bytes",
     "cosine_factor",
     "critical_batch_from_branches",
     "curvature_ratio",
@@ -214,6 +239,7 @@ __all__ = [
     "deviation_factor",
     "ema_decay",
     "ema_warmup",
+    "exchange_traffic",
     "extrapolated_limits",
     "fit_batch_curvature",
     "fit_critical_batch",
@@ -236,15 +262,18 @@ __all__ = [
     "norm_signal",
     "one_cycle_factor",
     "one_cycle_momentum",
+    "padded_parameters",
     "parse_rule",
     "power_lr",
     "refined_factors",
     "regime_adaptation",
     "scale_hyperparameters",
     "scale_step_count",
+    "sharded_memory",
     "smooth_losses",
     "split_global_batch",
     "stable_lr",
+    "step_time",
     "steps_to_target",
     "supported_noise_scale",
     "training_compute",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from harness.adaptive_contracts import ADAPTIVE_CONTRACTS
 from harness.bounded_contracts import BOUNDED_CONTRACTS
+from harness.feedback_contracts import FEEDBACK_CONTRACTS
 from harness.normuon_contracts import NORMUON_CONTRACTS
 from harness.second_order_contracts import SECOND_ORDER_CONTRACTS
 from harness.sharpness_contracts import SHARPNESS_CONTRACTS
@@ -2303,6 +2304,7 @@ CONTRACTS |= {name: Contract(*four) for name, four in ADAPTIVE_CONTRACTS.items()
 CONTRACTS |= {name: Contract(*four) for name, four in SHARPNESS_CONTRACTS.items()}
 CONTRACTS |= {name: Contract(*four) for name, four in NORMUON_CONTRACTS.items()}
 CONTRACTS |= {name: Contract(*four) for name, four in WRAPPER_CONTRACTS.items()}
+CONTRACTS |= {name: Contract(*four) for name, four in FEEDBACK_CONTRACTS.items()}
 
 every_function = pytest.mark.parametrize("name", functional.__all__)
 

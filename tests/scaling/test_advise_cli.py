@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from lightning_ext import scaling
 from lightning_ext.scaling import advise
 
+PACKAGE = Path(scaling.__file__).parent.parent
 RUN = ["advise", "--params", "1e9", "--tokens", "100B"]
 
 
@@ -112,9 +114,12 @@ def test_a_law_that_there_is_not_is_refused_with_the_laws(
     assert "step_law" in capsys.readouterr().err
 
 
-def test_it_runs_as_a_module_without_torch() -> None:
+def test_the_room_runs_as_a_module_without_torch() -> None:
+    # Without the package's own import, which tells Lightning the names of strategies.
     code = (
-        "import runpy, sys; sys.argv = ['x', 'advise', '--params', '1B', '--tokens', '20B']\n"
+        "import runpy, sys, types; sys.argv = ['x', 'advise', '--params', '1B', '--tokens', '20B']\n"
+        "package = sys.modules['lightning_ext'] = types.ModuleType('lightning_ext')\n"
+        f"package.__path__ = [{str(PACKAGE)!r}]\n"
         "try: runpy.run_module('lightning_ext.scaling', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys()"

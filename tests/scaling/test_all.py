@@ -31,6 +31,7 @@ from lightning_ext.scaling import (
     BranchedRule,
     ChinchillaLaw,
     ChinchillaRefit,
+    CommunicationBytes,
     CoordinateTest,
     CriticalBatchEstimate,
     CriticalBatchFit,
@@ -48,6 +49,7 @@ from lightning_ext.scaling import (
     InnerProductTest,
     Interval,
     KaplanLaw,
+    Links,
     LogFit,
     Meaning,
     MemoryModel,
@@ -63,6 +65,7 @@ from lightning_ext.scaling import (
     Proposal,
     RadaDamp,
     Seesaw,
+    ShardedMemory,
     SimilarityRule,
     StepLaw,
     StepsToTarget,
@@ -70,6 +73,7 @@ from lightning_ext.scaling import (
     SweepRow,
     TimeTransfer,
     TokenHorizon,
+    Traffic,
     UntunedBatch,
     VideoDiTLaw,
     ZhangCriticalBatch,
@@ -81,6 +85,11 @@ from lightning_ext.scaling import (
     batch_curvature,
     batch_efficiency,
     best_of_sweep,
+    block_bytes,
+    break_even_bandwidth,
+    break_even_micro_batch,
+    collective_traffic,
+    communication_bytes,
     cosine_factor,
     critical_batch_from_branches,
     curvature_ratio,
@@ -88,6 +97,7 @@ from lightning_ext.scaling import (
     deviation_factor,
     ema_decay,
     ema_warmup,
+    exchange_traffic,
     extrapolated_limits,
     fit_batch_curvature,
     fit_critical_batch,
@@ -110,15 +120,18 @@ from lightning_ext.scaling import (
     norm_signal,
     one_cycle_factor,
     one_cycle_momentum,
+    padded_parameters,
     parse_rule,
     power_lr,
     refined_factors,
     regime_adaptation,
     scale_hyperparameters,
     scale_step_count,
+    sharded_memory,
     smooth_losses,
     split_global_batch,
     stable_lr,
+    step_time,
     steps_to_target,
     supported_noise_scale,
     training_compute,
@@ -233,6 +246,21 @@ class Contract:
 
 
 LAW = "a law of sizes, not of a ratio"
+SENT = CommunicationBytes(forward=Traffic(inter_bytes=2 * 10**9, inter_messages=1))
+LINKS = Links(100e9, 1e9)
+FP16_MODEL = 2 * 2**40
+
+
+def _volume(strategy: str) -> Traffic:
+    # One rank per node, as volumes of a node are stated; large blocks leave scales out.
+    return communication_bytes(
+        2**40, 2**12, 1, strategy, weight_bytes=2, gradient_bytes=2, block_size=2**20
+    ).total
+
+
+def _memory(strategy: str) -> float:
+    mixed = {"weight_bytes": 2, "gradient_bytes": 2, "optimizer_bytes": 12}
+    return sharded_memory(7_500_000_000, 64, 8, strategy, **mixed).total / 1e9
 
 
 def _horizon(lr: float, start: float, end: float) -> float:
@@ -981,6 +1009,74 @@ CONTRACTS = {
         ),
         composes="it asks the laws",
     ),
+    "collective_traffic": Contract(
+        identity=lambda: collective_traffic("all_gather", 96, size=1, local=1) == Traffic(),
+        # Rajbhandari et al. 2020, section 7.1: an all-reduce moves what a reduce-scatter and an
+        # all-gather of the parts move.
+        published=lambda: (
+            collective_traffic("all_reduce", 96, size=4, local=2)
+            == collective_traffic("reduce_scatter", 96, size=4, local=2)
+            + collective_traffic("all_gather", 96 // 4, size=4, local=2)
+        ),
+        composes="it counts one collective",
+    ),
+    "exchange_traffic": Contract(
+        identity=lambda: exchange_traffic([96], rank=0, local_ranks={0}) == Traffic(),
+        # Parts of one size are an all-to-all.
+        published=lambda: (
+            exchange_traffic([24] * 4, rank=1, local_ranks={0, 1})
+            == collective_traffic("all_to_all", 96, size=4, local=2)
+        ),
+        composes="it counts one exchange",
+    ),
+    "communication_bytes": Contract(
+        identity=lambda: communication_bytes(96, 1, 1, "zeropp") == CommunicationBytes(),
+        # Wang et al. 2023, section 4: 0.75 M between nodes in place of 3 M, scales aside.
+        published=lambda: (
+            [_volume("fsdp2").inter_bytes, _volume("zeropp").inter_bytes]
+            == pytest.approx([3 * FP16_MODEL, 0.75 * FP16_MODEL], rel=1e-3)
+        ),
+        composes="it counts one step",
+    ),
+    "padded_parameters": Contract(
+        identity=lambda: padded_parameters([(5, 3), (5,)], 1) == 20,
+        # Hand-worked: 5 rows on 4 ranks are 2 on each.
+        published=lambda: padded_parameters([(5, 3)], 4) == 4 * 2 * 3,
+        composes="it rounds up",
+    ),
+    "block_bytes": Contract(
+        identity=lambda: block_bytes(96, bits=8, block_size=32, scale_bytes=0) == 96,
+        # Hand-worked: 7 codes of 4 bits in 4 bytes, in two blocks with a float32 each.
+        published=lambda: block_bytes(7, bits=4, block_size=4) == 4 + 2 * 4,
+        composes="it rounds up",
+    ),
+    "sharded_memory": Contract(
+        identity=lambda: sharded_memory(10, 1, 1, "zero3") == sharded_memory(10, 1, 1, "ddp"),
+        # Rajbhandari et al. 2020, figure 1: 7.5 B parameters on 64 ranks, in GB.
+        published=lambda: (
+            [_memory(stage) for stage in ("ddp", "zero1", "zero2", "zero3")]
+            == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+        ),
+        composes="it divides by a number of ranks",
+    ),
+    "step_time": Contract(
+        identity=lambda: step_time(CommunicationBytes(), LINKS, 1.5) == pytest.approx(1.5),
+        # Hand-worked: 2 s behind 1 s of forward, and 2 s of backward in which nothing is sent.
+        published=lambda: step_time(SENT, LINKS, 3.0) == pytest.approx(2 + 2),
+        composes="phases are added",
+    ),
+    "break_even_bandwidth": Contract(
+        identity=lambda: break_even_bandwidth(CommunicationBytes(), 1.5) == 0,
+        # Hand-worked: 2 GB behind a forward pass of 1 s.
+        published=lambda: break_even_bandwidth(SENT, 3.0) == pytest.approx(2e9),
+        composes="it is a limit",
+    ),
+    "break_even_micro_batch": Contract(
+        identity=lambda: break_even_micro_batch(CommunicationBytes(), LINKS, 1.5) == 0,
+        # Hand-worked: 2 s behind a third of 1.5 s for each sample.
+        published=lambda: break_even_micro_batch(SENT, LINKS, 1.5) == pytest.approx(4),
+        composes="it is a limit",
+    ),
 }
 
 RECORDS = {
@@ -1005,11 +1101,16 @@ RECORDS = {
     "NoiseScale": NOISE,
     "Observation": SEEN,
     "Proposal": Proposal(512.0, 512.0, "noise scale"),
+    "CommunicationBytes": CommunicationBytes(forward=Traffic(100, 200, 1, 2)),
+    "Links": Links(100e9, 10e9),
+    "ShardedMemory": ShardedMemory(1.0, 1.0, 2.0),
+    "Traffic": Traffic(100, 200, 1, 2),
 }
 PROTOCOLS = {"BatchRule", "Law"}
 NAMES = {
     "ADVICE_INPUTS",
     "LAWS",
+    "COLLECTIVES",
     "OutOfRangeError",
     "COORDINATE_FRACTIONS",
     "CRITICAL_BATCH_DEFINITIONS",

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_ext.functional._plain import check_plain
 from lightning_ext.functional._quantization._formats import FORMATS, Format, check_format
 from lightning_ext.functional._quantization._minifloat import decode_minifloat, power_of_two
+from lightning_ext.scaling import block_bytes
 
 NOT_FINITE = 255  # as an E8M0 scale
 
@@ -103,7 +104,7 @@ def quantized_bytes(
     """
     kind, size = check_format(format, block_size, symmetric)
     scale_bytes = 1 if kind.shared_exponent else 4 if symmetric else 8
-    return (length * kind.bits + 7) // 8 + -(-length // size) * scale_bytes
+    return block_bytes(length, bits=kind.bits, block_size=size, scale_bytes=scale_bytes)
 
 
 def check_quantized(quantized: Quantized) -> Format:

@@ -1,0 +1,1 @@
+"""Communication on paper: bytes, messages, memory and time of sharded training."""
