@@ -2,9 +2,13 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from lightning_ext.strategies import register_strategies
+
 try:
     __version__ = version("lightning_ext")
 except PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
     __version__ = "0+unknown"
+
+register_strategies()
 
 __all__ = ["__version__"]

@@ -21,12 +21,20 @@ tqdm.monitor_interval = 0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if HAS_CUDA:
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    if not HAS_CUDA:
+        _deselect("gpu", config, items)
+    if any(item.get_closest_marker("nodes") for item in items):
+        from harness import can_make_nodes  # not above: it imports lightning, and that triton
+
+        if not can_make_nodes():
+            _deselect("nodes", config, items)
+
+
+def _deselect(marker: str, config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker(marker)]
+    if marked:
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if not item.get_closest_marker(marker)]
 
 
 @pytest.fixture(autouse=True)

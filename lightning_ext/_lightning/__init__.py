@@ -9,7 +9,12 @@ from lightning_ext._lightning._closure import (
     recover_from_oom,
     runs_in_parts,
 )
-from lightning_ext._lightning._export import export_with, exporting
+from lightning_ext._lightning._deepspeed_view import DeepSpeedView
+from lightning_ext._lightning._export import (
+    export_with,
+    exporting,
+    weights_only_checkpoint,
+)
 from lightning_ext._lightning._functional_step import FunctionalStep
 from lightning_ext._lightning._lengths import epoch_end, sync_lengths
 from lightning_ext._lightning._loader import install_sampler, live_sampler, uninstall_sampler
@@ -27,14 +32,20 @@ from lightning_ext._lightning._optimizer_steps import (
     steps_now,
 )
 from lightning_ext._lightning._out_of_memory import is_out_of_memory
-from lightning_ext._lightning._own_gradients import OwnGradients, reshard
+from lightning_ext._lightning._own_gradients import (
+    OwnGradients,
+    drop_unreduced,
+    holds_unreduced,
+    own_parameters,
+    reshard,
+)
 from lightning_ext._lightning._random_state import random_state, restore_random_state
 from lightning_ext._lightning._resume import (
     resume_position,
     sync_first_batch,
 )
 from lightning_ext._lightning._second_pass import SecondPass
-from lightning_ext._lightning._sharded_view import ShardedView, local_part
+from lightning_ext._lightning._sharded_view import FullyShardedView, ShardedView, local_part
 from lightning_ext._lightning._silent import silent_log, untouched
 from lightning_ext._lightning._trial_process import Outcome
 from lightning_ext._lightning._trials import (
@@ -51,7 +62,9 @@ from lightning_ext._lightning._window import BatchShare, batch_share, reference_
 __all__ = [
     "BatchShare",
     "BranchData",
+    "DeepSpeedView",
     "DistributedView",
+    "FullyShardedView",
     "FunctionalStep",
     "OutOfMemoryRecovery",
     "Outcome",
@@ -66,10 +79,12 @@ __all__ = [
     "batch_share",
     "branching",
     "check_branches",
+    "drop_unreduced",
     "epoch_end",
     "export_with",
     "exporting",
     "gradient_scale",
+    "holds_unreduced",
     "install_sampler",
     "is_out_of_memory",
     "keep_gradients_local",
@@ -78,6 +93,7 @@ __all__ = [
     "local_part",
     "logs_now",
     "monitored_metrics",
+    "own_parameters",
     "present_sizes",
     "random_state",
     "recover_from_oom",
@@ -101,4 +117,5 @@ __all__ = [
     "uninstall_sampler",
     "untouched",
     "view",
+    "weights_only_checkpoint",
 ]

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_ext._lightning._view import view
 
-_PLAIN = (bool, int, float, str, tuple, list, dict, frozenset, type(None))
+_PLAIN = (bool, int, float, str, tuple, list, dict, type, type(None))
 
 
 def require_agreement(trainer: Trainer, owner: str, settings: Mapping[str, object]) -> None:
@@ -58,4 +58,6 @@ def require_whole_parameters(trainer: Trainer, owner: str) -> None:
 
 def _text(value: object) -> str:
     """What a value says of itself, without the address of an object."""
+    if isinstance(value, (set, frozenset)):  # in an order of their own in each process
+        return f"{{{', '.join(sorted(map(_text, value)))}}}"
     return repr(value) if isinstance(value, _PLAIN) or is_dataclass(value) else type(value).__name__

@@ -43,6 +43,11 @@ class View:
         return None
 
     @property
+    def ranks_per_node(self) -> int:
+        """Ranks that share a node: those from k·ranks_per_node on are the node k."""
+        return 1
+
+    @property
     def model_parallel_groups(self) -> tuple[dist.ProcessGroup, ...]:
         """Groups over which parameters are split; their sums of squares must be added."""
         return ()
@@ -151,8 +156,10 @@ class View:
             return True
         done = batches.current.ready
         aligned = done % accumulate == 0 and done % self.accumulate == 0
-        accumulated = any(p.grad is not None for _, p in self.local_parameters())
-        return aligned or batches.is_last_batch or not accumulated
+        return aligned or batches.is_last_batch or not self._holds_gradients()
+
+    def _holds_gradients(self) -> bool:
+        return any(p.grad is not None for _, p in self.local_parameters())
 
     def set_micro_batch(self, micro_batch: int, *, accumulate: int | None = None) -> int | None:
         """Asks the train loader's sampler for another size, from the next whole window on.
@@ -214,6 +221,12 @@ class DistributedView(View):
     def data_parallel_group(self) -> dist.ProcessGroup | None:
         """The group of all ranks."""
         return dist.group.WORLD
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks that share a node: as the strategy says, else the devices of a node."""
+        own: int | None = getattr(self.trainer.strategy, "ranks_per_node", None)
+        return own or self.trainer.num_devices
 
     def gather(self, values: Tensor) -> Tensor:
         """Stacks one tensor of every data-parallel rank: shape (data_parallel_size, …)."""

@@ -1,6 +1,7 @@
 """Lets weights-only checkpoints hold other weights than the module's present ones.
 
-Private: ``trainer._checkpoint_connector.dump_checkpoint``; Lightning runs no callback hook for a
+Private: ``trainer._checkpoint_connector.dump_checkpoint``, which asks
+    ``strategy.lightning_module_state_dict`` for the weights; Lightning runs no callback hook for a
     weights-only file.
 """
 
@@ -37,6 +38,23 @@ class _ExportingDump:
                 state = checkpoint["state_dict"]
                 checkpoint["state_dict"] = {n: t.detach().clone() for n, t in state.items()}
         return checkpoint
+
+
+def weights_only_checkpoint(
+    trainer: Trainer, weights: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What ``trainer.save_checkpoint(weights_only=True)`` would write; all ranks must call.
+
+    Args:
+        trainer: The Trainer.
+        weights: Gives those of the module as it then is, in place of the strategy's own way.
+    """
+    own = vars(trainer.strategy)
+    own["lightning_module_state_dict"] = weights
+    try:
+        return trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+    finally:
+        del own["lightning_module_state_dict"]
 
 
 def export_with(trainer: Trainer, weights: FileWeights) -> None:

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from lightning_ext import kernels
 from lightning_ext._lightning._base_view import DistributedView
-from lightning_ext._lightning._own_gradients import divide_factors, reshard
+from lightning_ext._lightning._own_gradients import divide_factors, holds_unreduced, reshard
 
 Groups = tuple[dist.ProcessGroup, ...]
 
@@ -138,6 +138,9 @@ class ShardedView(DistributedView):
         own = set(dist.get_process_group_ranks(self._group))
         return own <= set(parameter.device_mesh.mesh.flatten().tolist())
 
+    def _holds_gradients(self) -> bool:
+        return holds_unreduced(self.trainer.lightning_module) or super()._holds_gradients()
+
     def save_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors for a checkpoint, in host memory; all ranks must call."""
         return {
@@ -155,6 +158,23 @@ class ShardedView(DistributedView):
             like: DTensors and plain tensors by name.
         """
         return {name: _laid_out(saved[name], tensor) for name, tensor in like.items()}
+
+
+class FullyShardedView(ShardedView):
+    """FSDP2 by a strategy that also reduces the gradients of what it leaves whole.
+
+    Args:
+        trainer: The Trainer whose strategy is viewed; all of its ranks see different data.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        world = dist.group.WORLD
+        assert world is not None
+        super().__init__(trainer, world)
+
+    def reduces(self, parameter: Tensor) -> bool:
+        """Whether the strategy reduces the gradient of a parameter over the ranks: any of them."""
+        return True
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from lightning_ext.callbacks._noise._settings import (
     names_of,
     what_identifies,
 )
+from lightning_ext.callbacks._noise._sharded_parts import ShardedParts
 from lightning_ext.callbacks._noise._windows import Lasting, Windows
 from lightning_ext.callbacks._reuse import begins_anew
 
@@ -65,8 +66,7 @@ class GradientNoiseScale(Callback):
         per_group: Also log every value for each parameter group of the optimizer, as
             ``noise_scale_group_0`` and so on.
         per_module: Also log every value for each of these submodules, by name, as
-            ``noise_scale_module_encoder``; ``True`` means the first ones below the module that are
-            more than one.
+            ``noise_scale_module_encoder``; ``True``: the first below the module that are several.
         prefix: What logged names begin with, to tell several of these callbacks apart.
         tests: What is measured beside: ``"inner_products"`` (micro-batches: the gradients of all
             parts are kept until the step), ``"coordinates"`` and ``"gradient_snr"`` (one copy of
@@ -97,15 +97,9 @@ class GradientNoiseScale(Callback):
         chunk_size: int | None = None,
         norm_factor: Mapping[str, Any] | None = None,
     ) -> None:
+        names = names_of(per_module)
         self.settings = NoiseSettings(
-            every_n_steps,
-            smoothing,
-            source,
-            geometry,
-            per_group,
-            names_of(per_module),
-            prefix,
-            chunk_size,
+            every_n_steps, smoothing, source, geometry, per_group, names, prefix, chunk_size
         )
         self.tests: tuple[str, ...] = ()
         self.add_tests(tests)
@@ -235,6 +229,13 @@ class GradientNoiseScale(Callback):
             self._parts.begin(view(trainer), batch, batch_idx, share)
         else:  # other ranks × accumulation would cut it into other parts
             self.skip_window()
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Watches what FSDP2 has gathered."""
+        if isinstance(self._parts, ShardedParts):
+            self._parts.look()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes one part."""

@@ -22,7 +22,7 @@ from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batch
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from torch.amp.grad_scaler import OptState
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import init_device_mesh
 
 
@@ -408,12 +408,80 @@ def test_what_is_logged_counts_as_the_batch_in_the_results() -> None:
     assert sizes == [7]
 
 
-def test_fsdp2_keeps_its_divide_factor_in_the_groups_of_its_state() -> None:
+def fsdp2_layer(**policy: torch.dtype) -> tuple[Any, Any]:
+    """A layer, and the group of its parameters."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (1,))
-    layer: Any = fully_shard(torch.nn.Linear(2, 2), mesh=mesh)
+    linear = torch.nn.Linear(2, 2, bias=False)
+    layer: Any = fully_shard(linear, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy))
     (group,) = layer._get_fsdp_state()._fsdp_param_groups
+    return layer, group
+
+
+def test_fsdp2_keeps_its_divide_factor_in_the_groups_of_its_state() -> None:
+    layer, group = fsdp2_layer()
     assert group.gradient_divide_factor is None
     layer.set_gradient_divide_factor(3.0)
     assert group.gradient_divide_factor == 3.0
+
+
+def backward(layer: Any, reduces: bool) -> None:
+    layer.set_requires_gradient_sync(reduces)
+    layer(torch.ones(1, 2)).float().sum().backward()
+
+
+def test_fsdp2_has_one_unsharded_parameter_for_each_from_its_first_gathering_on() -> None:
+    layer, group = fsdp2_layer()
+    (one,) = group.fsdp_params
+    assert one.sharded_param is layer.weight
+    assert not hasattr(one, "_unsharded_param")
+    backward(layer, reduces=True)
+    unsharded = one._unsharded_param
+    backward(layer, reduces=True)
+    assert one._unsharded_param is unsharded
+    assert one.sharded_param is layer.weight
+
+
+def test_fsdp2_keeps_gradients_that_wait_at_the_unsharded_parameter() -> None:
+    layer, group = fsdp2_layer()
+    (one,) = group.fsdp_params
+    backward(layer, reduces=False)
+    assert torch.equal(one._unsharded_param.grad, torch.ones(2, 2))
+    assert one.unsharded_accumulated_grad is None
+    assert layer.weight.grad is None
+    backward(layer, reduces=True)
+    assert one._unsharded_param.grad is None
+    assert torch.equal(layer.weight.grad.full_tensor(), torch.full((2, 2), 2.0))
+
+
+def test_fsdp2_keeps_them_aside_where_they_are_reduced_in_another_dtype() -> None:
+    layer, group = fsdp2_layer(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    (one,) = group.fsdp_params
+    backward(layer, reduces=False)
+    assert one._unsharded_param.grad is None
+    assert one.unsharded_accumulated_grad.dtype == torch.float32
+
+
+def test_fsdp2_gathers_in_a_forward_pass_by_two_hooks_that_come_off() -> None:
+    layer, _ = fsdp2_layer()
+    state, seen = layer._get_fsdp_state(), []
+    layer.register_forward_hook(lambda *_: seen.append(type(layer.weight)))
+    x = torch.ones(1, 2)
+    layer(x)
+    layer.reshard()
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    layer(torch.distributed.tensor.DTensor.from_local(x, layer.weight.device_mesh))
+    (args, _), again = state._pre_forward(layer, (x,), {}), layer(x)
+    assert state._post_forward(layer, args, again) is not None
+    kinds = [one is torch.distributed.tensor.DTensor for one in seen]
+    assert kinds == [False, True, False]
+
+
+def test_fsdp2_casts_what_goes_into_a_forward_pass_and_comes_out() -> None:
+    layer, _ = fsdp2_layer(param_dtype=torch.bfloat16, output_dtype=torch.float64)
+    state = layer._get_fsdp_state()
+    args, kwargs = state._cast_forward_inputs((torch.ones(1),), {"x": torch.ones(1)})
+    assert args[0].dtype == kwargs["x"].dtype == torch.bfloat16
+    assert state._cast_output_dtype(torch.ones(1)).dtype == torch.float64

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Classifier, fit, fsdp2, run_distributed, shard
+from harness import Classifier, fit, fsdp2, fsdp2_strategy, run_distributed, shard
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -25,7 +26,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from lightning_ext._lightning import OwnGradients, ShardedView, local_part, reshard, view
+from lightning_ext._lightning import FullyShardedView, ShardedView, local_part, view
 
 SIZES = [(5, 3), (3,), (2, 8), (1,)]
 
@@ -40,13 +41,25 @@ class Split(Classifier):
         shard(self.net, self.device_mesh)
 
 
+class WithNumber(Classifier):
+    """For `FSDP2Strategy`; a number cannot be split."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0)
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.factor * super().training_step(batch, batch_idx)
+
+
 class Look(Callback):
-    def __init__(self, look: Any) -> None:
+    def __init__(self, look: Any, batch_idx: int = 2) -> None:
         self.look = look
+        self.batch_idx = batch_idx
         self.found: Any = None
 
     def on_train_batch_end(self, run: Any, module: Any, outputs: Any, batch: Any, i: int) -> None:
-        if i == 2:
+        if i == self.batch_idx:
             self.found = self.look(view(run))
 
 
@@ -56,12 +69,19 @@ def seen(look: Any, processes: int, tensor_parallel_size: int = 1) -> Any:
     return looker.found
 
 
+def seen_by_strategy(look: Any, processes: int, batch_idx: int = 2, **options: Any) -> Any:
+    looker, module = Look(look, batch_idx), options.pop("module", None) or WithNumber()
+    fit([looker], module=module, max_epochs=1, **fsdp2_strategy(processes, **options))
+    return looker.found
+
+
 def facts(seen_by: Any) -> Any:
     rank = seen_by.data_parallel_rank
     return {
         "kind": type(seen_by).__name__,
         "size": seen_by.data_parallel_size,
         "rank": rank,
+        "ranks_per_node": seen_by.ranks_per_node,
         "data": dist.get_process_group_ranks(seen_by.data_parallel_group),
         "split": [dist.get_process_group_ranks(g) for g in seen_by.model_parallel_groups],
         "sharded": [isinstance(p, DTensor) for _, p in seen_by.local_parameters()],
@@ -83,6 +103,7 @@ def test_fsdp2() -> None:
             "kind": ShardedView.__name__,
             "size": 2,
             "rank": rank,
+            "ranks_per_node": 2,
             "data": [0, 1],
             "split": [[0, 1]],
             "sharded": [True] * 4,
@@ -92,6 +113,62 @@ def test_fsdp2() -> None:
             "largest": [1, 0, 5],
             "plain": 25.0,
         }
+
+
+def look_by_strategy() -> Any:
+    return seen_by_strategy(facts, 4, device_mesh=(2, 2), ranks_per_node=2)
+
+
+def test_fsdp2_strategy_with_replicas() -> None:
+    for rank, found in enumerate(run_distributed(look_by_strategy, 4)):
+        assert found == {
+            "kind": FullyShardedView.__name__,
+            "size": 4,
+            "rank": rank,
+            "ranks_per_node": 2,
+            "data": [0, 1, 2, 3],
+            "split": [[0, 1] if rank < 2 else [2, 3]],
+            "sharded": [False, *[True] * 4],
+            "reduced": [True] * 5,
+            "accumulate": (2, True, True),
+            "gathered": [[i, 7] for i in range(4)],
+            "largest": [3, 0, 5],
+            "plain": 25.0,
+        }
+
+
+def gradients_of_whole_parameters(seen_by: Any) -> Any:
+    return [p.grad.item() for _, p in seen_by.local_parameters() if not isinstance(p, DTensor)]
+
+
+def whole_after(batches: int) -> Any:
+    return seen_by_strategy(gradients_of_whole_parameters, 2, batches - 1)
+
+
+def test_what_the_strategy_says_it_reduces_is_reduced_at_the_end_of_a_window() -> None:
+    one, other = run_distributed(whole_after, args=(1,))
+    assert one != other
+    one, other = run_distributed(whole_after, args=(2,))
+    assert one == other
+
+
+def set_accumulate(seen_by: Any) -> str:
+    try:
+        seen_by.set_accumulate(4)
+    except MisconfigurationException as error:
+        return str(error)
+    return "set"
+
+
+def change_after(batches: int) -> Any:
+    return seen_by_strategy(set_accumulate, 2, batches - 1, module=Classifier(dropout=0))
+
+
+def test_accumulation_changes_between_windows_alone() -> None:
+    # Within one, gradients are held back where nobody sees them: `grad` is None.
+    assert run_distributed(change_after, args=(4,)) == ["set"] * 2
+    for text in run_distributed(change_after, args=(3,)):
+        assert "a gradient would be cut" in text
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view:UserWarning")
@@ -209,111 +286,6 @@ def test_parameters_may_be_split_along_two_dimensions() -> None:
     for same, found, whole in run_distributed(both_dimensions, 4):
         assert all(same)
         assert found == pytest.approx(whole, rel=1e-14)
-
-
-def sharded_net(**kwargs: Any) -> tuple[nn.Sequential, nn.Sequential]:
-    """A sharded net and the same one as it was."""
-    dist.init_process_group("gloo")
-    net, alike = Classifier(dropout=0).double().net, Classifier(dropout=0).double().net
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("data_parallel",))
-    shard(net, mesh, **kwargs)
-    return net, alike
-
-
-def own_batch() -> Tensor:
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    return torch.randn(4, 6, generator=generator, dtype=torch.float64)
-
-
-def watched(backwards: int, reshard_after_forward: bool | None) -> Any:
-    net, alike = sharded_net(reshard_after_forward=reshard_after_forward)
-    found: list[tuple[int, Tensor]] = []
-    own = OwnGradients(net, list(net.parameters()), lambda i, g: found.append((i, g.clone())))
-    for _ in range(backwards):
-        net(own_batch()).square().sum().backward()
-    own.remove()
-    net(own_batch()).sum().backward()
-    expected = torch.autograd.grad(alike(own_batch()).square().sum(), list(alike.parameters()))
-    assert len(found) == backwards * len(expected)
-    assert all(own.fired(index) for index in range(len(expected)))
-    return all(torch.equal(gradient, expected[index]) for index, gradient in found)
-
-
-@pytest.mark.parametrize("reshard_after_forward", [None, True, False])
-def test_gradients_are_handed_over_before_they_are_reduced(
-    reshard_after_forward: bool | None,
-) -> None:
-    assert all(run_distributed(watched, args=(2, reshard_after_forward)))
-
-
-def hooks_left() -> Any:
-    net, _ = sharded_net()
-    unsharded: list[Tensor] = []
-    hooks = [
-        m.register_forward_pre_hook(lambda m, _: unsharded.extend(m.parameters())) for m in net
-    ]
-    before = [len(m._forward_pre_hooks) for m in net.modules()]
-    own = OwnGradients(net, list(net.parameters()), lambda index, gradient: None)
-    during = [len(m._forward_pre_hooks) for m in net.modules()]
-    net(own_batch()).sum().backward()
-    assert any(p._backward_hooks for p in unsharded)
-    own.remove()
-    own.remove()
-    after = [len(m._forward_pre_hooks) for m in net.modules()]
-    assert len(hooks) == len(net)
-    kept = [p for p in [*unsharded, *net.parameters()] if p._backward_hooks]
-    return before == after != during, kept
-
-
-def test_no_hook_is_left() -> None:
-    assert run_distributed(hooks_left) == [(True, [])] * 2
-
-
-def after_evaluation() -> Any:
-    net, _ = sharded_net()
-    with torch.no_grad():
-        net(own_batch())
-    left = [isinstance(p, DTensor) for p in net.parameters()]
-    trainer: Any = OfRanks(net)
-    names = [
-        isinstance(p, DTensor) for _, p in ShardedView(trainer, dist.group.WORLD).local_parameters()
-    ]
-    return left, names
-
-
-def test_parameters_are_sharded_even_after_an_evaluation() -> None:
-    # The trap: the outermost module keeps its unsharded parameters.
-    assert run_distributed(after_evaluation) == [([True, True, False, False], [True] * 4)] * 2
-
-
-def written_after_evaluation() -> float:
-    net, _ = sharded_net()
-    with torch.no_grad():
-        net(own_batch())
-        reshard(net)
-        for parameter in net.parameters():
-            parameter.zero_()
-        return float(net(own_batch()).square().sum())
-
-
-def test_what_is_written_after_resharding_counts() -> None:
-    assert run_distributed(written_after_evaluation) == [0.0, 0.0]
-
-
-def divided() -> Any:
-    net, _ = sharded_net()
-    trainer: Any = OfRanks(net)
-    seen_by = ShardedView(trainer, dist.group.WORLD)
-    none = seen_by.divide_factors
-    modules: list[Any] = [m for m in net.modules() if isinstance(m, FSDPModule)]
-    modules[0].set_gradient_divide_factor(2.0)
-    ranks = seen_by.divide_factors
-    modules[0].set_gradient_divide_factor(3.0)
-    return none, ranks, seen_by.divide_factors
-
-
-def test_divide_factors_other_than_the_ranks_are_known() -> None:
-    assert run_distributed(divided) == [(set(), set(), {3.0})] * 2
 
 
 def kinds_of_parameters() -> Any:

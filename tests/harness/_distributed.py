@@ -10,7 +10,8 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
@@ -37,6 +38,7 @@ def run_distributed(
     *,
     start_method: StartMethod | None = None,
     timeout: float = 90.0,
+    return_exceptions: bool = False,
     args: tuple[Any, ...] = (),
 ) -> list[Any]:
     """Call `fn(*args)` in `world_size` processes and return the results by rank.
@@ -51,6 +53,8 @@ def run_distributed(
         start_method: `"fork"` (0.1 s) or `"spawn"` (about 5 s, it imports torch again). Default
             fork where there is no CUDA: with it a child of a process that ran `backward` cannot.
         timeout: Seconds for all ranks together.
+        return_exceptions: The others go on when a rank raises or dies, and its exception is
+            returned in the place of its result.
         args: Arguments, the same for all ranks; pickled, so a tensor arrives as a copy.
 
     Returns:
@@ -70,20 +74,34 @@ def run_distributed(
     # Nobody connects before all are forked: the store's thread may hold a lock while it serves.
     forked = context.Event()
     try:
-        for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            ranked = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            worker = context.Process(target=_work, args=(sender, call, ranked, forked))
-            worker.start()
-            workers[receiver] = worker
-            sender.close()
+        with _garbage_kept():
+            for rank in range(world_size):
+                receiver, sender = context.Pipe(duplex=False)
+                ranked = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                worker = context.Process(target=_work, args=(sender, call, ranked, forked))
+                worker.start()
+                workers[receiver] = worker
+                sender.close()
         forked.set()
-        return _collect(workers, time.monotonic() + timeout)
+        return _collect(workers, time.monotonic() + timeout, return_exceptions)
     finally:
         for receiver, process in workers.items():
             process.kill()
             process.join()
             receiver.close()
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Children do not collect what was let go of before, even while they are forked.
+
+    A store of an earlier call, say, waits at its end for a thread that a child does not have.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _default_start_method() -> StartMethod:
@@ -109,7 +127,9 @@ def _torchrun_environment(world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _collect(workers: dict[Connection, BaseProcess], deadline: float) -> list[Any]:
+def _collect(
+    workers: dict[Connection, BaseProcess], deadline: float, return_exceptions: bool
+) -> list[Any]:
     results: dict[Connection, Any] = {}
     while waiting := [receiver for receiver in workers if receiver not in results]:
         ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
@@ -118,7 +138,12 @@ def _collect(workers: dict[Connection, BaseProcess], deadline: float) -> list[An
             raise TimeoutError(f"ranks {ranks} of {len(workers)} did not finish in time")
         for receiver in ready:
             assert isinstance(receiver, Connection)
-            results[receiver] = _receive(receiver, workers[receiver])
+            try:
+                results[receiver] = _receive(receiver, workers[receiver])
+            except Exception as error:
+                if not return_exceptions:
+                    raise
+                results[receiver] = error
     for process in workers.values():  # let each rank take its process group down
         process.join(max(0.0, deadline - time.monotonic()))
     return [results[receiver] for receiver in workers]
@@ -136,7 +161,6 @@ def _receive(receiver: Connection, process: BaseProcess) -> Any:
 
 
 def _work(sender: Connection, call: bytes, environment: dict[str, str], forked: Event) -> None:
-    gc.freeze()  # what the parent let go of may wait for threads at its end that are not here
     forked.wait()
     os.environ.update(environment)
     torch.set_num_threads(1)

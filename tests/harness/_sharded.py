@@ -1,4 +1,4 @@
-"""FSDP2 by Lightning's own strategy, on a CPU."""
+"""FSDP2 on a CPU: by Lightning's own strategy, and by ours."""
 
 from __future__ import annotations
 
@@ -9,11 +9,30 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
 
+from lightning_ext.strategies import FSDP2Strategy
+
 
 def fsdp2(processes: int, tensor_parallel_size: int = 1) -> dict[str, Any]:
     """What a Trainer needs for it; the module shards itself in `configure_model`."""
     strategy = ModelParallelStrategy(processes // tensor_parallel_size, tensor_parallel_size)
     return {"strategy": strategy, "devices": processes}
+
+
+def fsdp2_strategy(processes: int, **options: Any) -> dict[str, Any]:
+    """What a Trainer needs for ours, under a module that does not shard itself.
+
+    Its first layer is a unit, and the rest is gathered with the module.
+
+    Args:
+        processes: All of them see different data.
+        options: Of the strategy.
+    """
+    strategy = FSDP2Strategy(**{"wrap": _takes_features} | options)
+    return {"strategy": strategy, "devices": processes}
+
+
+def _takes_features(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module.in_features == 6
 
 
 def shard(net: nn.Sequential, mesh: Any, *, replicas: int = 1, **kwargs: Any) -> None:

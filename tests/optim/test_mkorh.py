@@ -20,7 +20,8 @@ from lightning_ext.optim import MKOR, MKORH, PolyakSGD
 def trend_of(means: list[float], threshold: float = 0.1, decay: float = 0.5) -> LossTrend:
     trend = LossTrend()
     for mean in means:
-        trend.close_window((3 * mean, 3), threshold, decay)
+        trend.add(3 * mean, 3)
+        trend.close_window(threshold, decay)
     return trend
 
 

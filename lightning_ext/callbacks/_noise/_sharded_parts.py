@@ -44,6 +44,11 @@ class ShardedParts(GradientParts):
         if self._watch is None:
             self._watch = seen.watch_gradients(self.parameters.parameters, self._note)
 
+    def look(self) -> None:
+        """Finds what the backward pass will be through; to be called before it."""
+        if self._watch is not None:
+            self._watch.look()
+
     def detach(self) -> None:
         """Removes the hooks."""
         if self._watch is not None:
@@ -105,9 +110,9 @@ class ShardedParts(GradientParts):
         norms = seen.sq_norms([*gradients, None], [0] * (len(unseen) + 1))
         if bool(norms > 0):  # zeros stand for parameters that were not used
             raise MisconfigurationException(
-                f"The gradients of {_names(seen, unseen)} were reduced before they could be seen:"
-                " their module ran without its forward hooks. Hint: call module(…), not a method of"
-                " it that register_fsdp_forward_method knows."
+                f"The gradients of {_names(seen, unseen)} are of no backward pass that the Trainer"
+                " runs, and cannot be seen. Hint: one loss, returned from training_step; gradients"
+                " are not to be written by hand."
             )
 
 

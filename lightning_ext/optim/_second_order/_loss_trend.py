@@ -39,24 +39,29 @@ class LossTrend:
     best: float = 0.0
     over: float = 0.0
 
-    def add(self, loss: float) -> None:
-        """Add a step's loss; what is not finite is left out."""
-        if math.isfinite(loss):
-            self.total += loss
-            self.count += 1
+    def add(self, total: float, count: float = 1.0) -> None:
+        """Add a step's losses; what is not finite is left out.
 
-    def close_window(self, totals: tuple[float, float], threshold: float, decay: float) -> None:
+        Args:
+            total: of the losses of all ranks, so that a checkpoint of any rank holds it.
+            count: of ranks that had one.
+        """
+        if math.isfinite(total):
+            self.total += total
+            self.count += count
+
+    def close_window(self, threshold: float, decay: float) -> None:
         """Compare this window with the one before; no verdict before 1/(1 − decay) of them.
 
         Args:
-            totals: of its losses, and how many they are, of all ranks.
             threshold: the share of the best rate.
             decay: of the moving average, in [0, 1).
         """
+        total, count = self.total, self.count
         self.total = self.count = 0.0
-        if not totals[1]:
+        if not count:
             return
-        mean = totals[0] / totals[1]
+        mean = total / count
         if not math.isnan(self.last):
             self.rate = decay * self.rate + (1 - decay) * (self.last - mean)
             self.windows += 1

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from lightning_ext.optim._second_order._loss_trend import LossTrend
 from lightning_ext.optim._second_order._mkor import MKOR
 from lightning_ext.optim._second_order._mkor_checks import check_trend
-from lightning_ext.optim._second_order._rank_sums import ranks_of, totals_over
+from lightning_ext.optim._second_order._rank_sums import Groups, ranks_of, totals_over
+from lightning_ext.optim._second_order._rehearsal import is_rehearsal
 from lightning_ext.optim._step._closure import Closure
 from lightning_ext.optim._wrappers._wrapper import Wrapper
 
@@ -152,8 +153,10 @@ class MKORH(MKOR):
         """As that of MKOR, with the loss of the step."""
         loss = self._returned if self._added is None else self._added
         self._added = self._returned = None
-        if loss is not None:
-            self._trend.add(float(loss))
+        if not (self.is_first_order or is_rehearsal(self.param_groups, self._layers)):
+            own = math.nan if loss is None else float(loss)
+            known = math.isfinite(own)
+            self._trend.add(*totals_over(self._ranks(), own if known else 0.0, float(known)))
         return super().around_step()
 
     def _kept(self, closure: Closure) -> float:
@@ -180,6 +183,7 @@ class MKORH(MKOR):
                 " each loss.backward(), which the callback lightning_ext.callbacks.PolyakLoss()"
                 " does in Lightning"
             )
-        groups = ranks_of(self._layers[0].weight, self._average)
-        totals = totals_over(groups, self._trend.total, self._trend.count)
-        self._trend.close_window(totals, *self._trend_settings)
+        self._trend.close_window(*self._trend_settings)
+
+    def _ranks(self) -> Groups:
+        return ranks_of(self._layers[0].weight, self._average)

@@ -43,7 +43,7 @@ class VRGD(Wrapper):
     r is that of a parameter's tensor. After the step ``p.grad`` is what it was.
 
     Under FSDP2 the parts are the backward passes alone, each averaged over the ranks; each has to
-    be reduced, so gradients must not be left unsharded between them.
+    be reduced, so gradients must not be left unsharded between them, as ``FSDP2Strategy`` does.
 
     Args:
         base: the optimizer that steps; of ours, of torch, or another wrapper.
@@ -59,7 +59,8 @@ class VRGD(Wrapper):
         TypeError: if ``base`` is no optimizer, does not step along ``p.grad``, is or was in a VRGD,
             or has complex parameters.
         RuntimeError: in a step, if fewer than two parts were seen, and never more before. A later
-            step of one part, the rest of an epoch, takes the running mean, or the bare gradient.
+            step of one part, the rest of an epoch, takes the running mean, or the bare gradient;
+            so does the first one after a checkpoint.
 
     Example:
         >>> w = torch.nn.Parameter(torch.zeros(2))
@@ -83,7 +84,8 @@ class VRGD(Wrapper):
             beta3 = 0.9 if _has_second_moment(base_optimizer(base)) else None
         super().__init__(base, {"gamma": gamma, "beta3": beta3})
         self._process_group = process_group
-        self._measured = False
+        self._measured: set[bool] = set()  # whether plain parameters were, and sharded ones
+        self._resumed = False
         self._parts = BackwardParts()
         self._parts.watch(self._params())
 
@@ -117,7 +119,7 @@ class VRGD(Wrapper):
             state_dict: of an optimizer of the same groups; of the base alone will do.
         """
         super().load_state_dict(state_dict)
-        self._measured = bool(state_dict["state"])
+        self._measured, self._resumed = set(), bool(state_dict["state"])
 
     def own_names(self) -> frozenset[str]:
         """The running mean and the count of its steps."""
@@ -159,9 +161,10 @@ class VRGD(Wrapper):
         for members, group in ((plain, self._ranks()), (sharded, None)):
             means, squares, parts = self._parts.means(members, group)
             if members and self._are_enough(parts, members):
+                self._measured.add(members is sharded)
                 found = functional.gradient_snr(squares, means, 1)
                 ratios.update(zip(members, found, strict=True))
-        self._measured = self._measured or bool(ratios)
+        self._resumed = False
         scales: dict[Tensor, Tensor] = {}
         for settings in self.param_groups:
             scales.update(self._scales_of(settings, ratios))
@@ -200,12 +203,14 @@ class VRGD(Wrapper):
     def _are_enough(self, parts: int, params: list[Tensor]) -> bool:
         # Without a backward pass and with gradients of 0 it is the step by which
         # torch.distributed.checkpoint makes the states that are to be loaded.
-        if parts < 2 and not self._measured and (parts == 1 or _any(params)):
+        known = self._resumed or isinstance(params[0], DTensor) in self._measured
+        if parts < 2 and not known and (parts == 1 or _any(params)):
             raise RuntimeError(
                 f"VRGD saw {parts or 'no'} backward {'pass' if parts == 1 else 'passes'} since the"
                 " last step, and needs at least 2 for a variance; its paper takes 8 or more. Hint:"
                 " accumulate_grad_batches=8, or more ranks. Under FSDP2, where ranks do not count,"
-                " every pass has to reduce its gradients (set_requires_gradient_sync(True))."
+                " every pass has to reduce its gradients (set_requires_gradient_sync(True)), which"
+                " FSDP2Strategy leaves to the last one; ModelParallelStrategy reduces them all."
             )
         return parts > 1
 

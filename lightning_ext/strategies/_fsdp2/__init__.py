@@ -1,0 +1,1 @@
+"""What a fully sharded strategy is made of."""

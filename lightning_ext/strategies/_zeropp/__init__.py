@@ -1,0 +1,1 @@
+"""Quantized collectives of ZeRO++ as extensions of FSDP2."""
