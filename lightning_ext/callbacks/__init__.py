@@ -5,6 +5,7 @@ from lightning_ext.callbacks._adaptive_batch_size import AdaptiveBatchSize
 from lightning_ext.callbacks._adaptive_gradient_clipping import AdaptiveGradientClipping
 from lightning_ext.callbacks._agvm import AGVM
 from lightning_ext.callbacks._batch_size_sweep import sweep_batch_sizes
+from lightning_ext.callbacks._communication_volume import CommunicationVolume
 from lightning_ext.callbacks._critical_batch_size import CriticalBatchSize
 from lightning_ext.callbacks._curvature import Curvature
 from lightning_ext.callbacks._ema import EMA
@@ -18,6 +19,8 @@ from lightning_ext.callbacks._norm_loss import NormLoss
 from lightning_ext.callbacks._polyak_loss import PolyakLoss
 from lightning_ext.callbacks._sharpness_aware import SharpnessAware
 from lightning_ext.callbacks._weight_distance import WeightDistance
+from lightning_ext.callbacks._wire._count import WireCount
+from lightning_ext.callbacks._wire._meter import WireMeter
 
 __all__ = [
     "AGVM",
@@ -25,6 +28,7 @@ __all__ = [
     "AdamInstabilityMonitor",
     "AdaptiveBatchSize",
     "AdaptiveGradientClipping",
+    "CommunicationVolume",
     "CriticalBatchSize",
     "Curvature",
     "GradientNoiseScale",
@@ -36,6 +40,8 @@ __all__ = [
     "PolyakLoss",
     "SharpnessAware",
     "WeightDistance",
+    "WireCount",
+    "WireMeter",
     "measure_critical_batch",
     "sweep_batch_sizes",
 ]

@@ -1,4 +1,4 @@
-"""EMA and AdaptiveBatchSize under FSDP2, against DDP."""
+"""EMA and AdaptiveBatchSize under FSDP2, by Lightning's strategy and by ours, against DDP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Classifier, assert_accurate, dataset, fit, fsdp2, run_distributed, shard
+from harness import (
+    Classifier,
+    assert_accurate,
+    dataset,
+    fit,
+    fsdp2,
+    fsdp2_strategy,
+    run_distributed,
+    shard,
+)
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -54,18 +63,20 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def train(sharded: bool, *others: Callback, one_file: bool = True, **kwargs: Any) -> Any:
+def train(kind: str, *others: Callback, one_file: bool = True, **kwargs: Any) -> Any:
     """Two epochs, or more from a checkpoint; the batch doubles on the way."""
     data = dataset(96, torch.float64)
     loader = DataLoader(data, batch_sampler=AdaptiveBatchSampler(SequentialSampler(data), 4))
     settings: dict[str, Any] = {"strategy": "ddp", "devices": 2}
-    if sharded:
+    if kind == "fsdp2":
         strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=not one_file)
         settings = fsdp2(2) | {"strategy": strategy}
+    elif kind == "ours":
+        settings = fsdp2_strategy(2, save_distributed_checkpoint=not one_file)
     ema = EMA(0.9)
     module, run = fit(
         [ema, AdaptiveBatchSize("0:8 24:16"), *others],
-        module=Sharded() if sharded else Module(),
+        module=Sharded() if kind == "fsdp2" else Module(),
         train=loader,
         val=DataLoader(data, batch_size=8),
         accumulate_grad_batches=1,
@@ -75,13 +86,13 @@ def train(sharded: bool, *others: Callback, one_file: bool = True, **kwargs: Any
     return ema, module, run, whole(ema._average._tensors)
 
 
-def trained(sharded: bool, folder: Path, one_file: bool = True) -> Any:
-    ema, module, run, average = train(sharded, one_file=one_file)
+def trained(kind: str, folder: Path, one_file: bool = True) -> Any:
+    ema, module, run, average = train(kind, one_file=one_file)
     run.save_checkpoint(folder / "last.ckpt")
     ema.export(folder / "average.ckpt")
     weights = whole(dict(module.named_parameters()))
     again = str(folder / "last.ckpt")
-    after, resumed, _, later = train(sharded, one_file=one_file, max_epochs=3, ckpt_path=again)
+    after, resumed, _, later = train(kind, one_file=one_file, max_epochs=3, ckpt_path=again)
     return {
         "seen": module.seen + resumed.seen,
         "validated": torch.tensor(module.validated + resumed.validated, dtype=torch.float64),
@@ -92,10 +103,14 @@ def trained(sharded: bool, folder: Path, one_file: bool = True) -> Any:
     }
 
 
+kinds = pytest.mark.parametrize("kind", ["fsdp2", "ours"])
+
+
+@kinds
 @pytest.mark.parametrize("one_file", [True, False], ids=["one file", "distributed"])
-def test_the_average_is_that_of_ddp(one_file: bool, tmp_path: Path) -> None:
-    found = run_distributed(trained, args=(True, tmp_path, one_file))
-    expected = run_distributed(trained, args=(False, tmp_path / "ddp"))
+def test_the_average_is_that_of_ddp(one_file: bool, kind: str, tmp_path: Path) -> None:
+    found = run_distributed(trained, args=(kind, tmp_path, one_file))
+    expected = run_distributed(trained, args=("ddp", tmp_path / "ddp"))
     for mine, other in zip(found, expected, strict=True):
         assert mine["seen"] == other["seen"]
         assert mine["updates"] == other["updates"]
@@ -105,8 +120,9 @@ def test_the_average_is_that_of_ddp(one_file: bool, tmp_path: Path) -> None:
                 assert_accurate(mine[kind][name], tensor)
 
 
-def test_files_hold_whole_tensors(tmp_path: Path) -> None:
-    found = run_distributed(trained, args=(True, tmp_path))[0]
+@kinds
+def test_files_hold_whole_tensors(kind: str, tmp_path: Path) -> None:
+    found = run_distributed(trained, args=(kind, tmp_path))[0]
     exported = torch.load(tmp_path / "average.ckpt", weights_only=True)["state_dict"]
     saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
     (average,) = saved["lightning_ext.ema"].values()
@@ -116,13 +132,14 @@ def test_files_hold_whole_tensors(tmp_path: Path) -> None:
         assert torch.equal(saved["state_dict"][name], found["weights"][name])
 
 
-def saved_in_validation(folder: Path) -> Any:
-    _, module, _, average = train(True, SaveInValidation(folder / "in_validation.ckpt"))
+def saved_in_validation(kind: str, folder: Path) -> Any:
+    _, module, _, average = train(kind, SaveInValidation(folder / "in_validation.ckpt"))
     return whole(dict(module.named_parameters())), average
 
 
-def test_a_checkpoint_saved_in_validation_holds_the_raw_weights(tmp_path: Path) -> None:
-    weights, average = run_distributed(saved_in_validation, args=(tmp_path,))[0]
+@kinds
+def test_a_checkpoint_saved_in_validation_holds_the_raw_weights(kind: str, tmp_path: Path) -> None:
+    weights, average = run_distributed(saved_in_validation, args=(kind, tmp_path))[0]
     saved = torch.load(tmp_path / "in_validation.ckpt", weights_only=False)["state_dict"]
     assert all(torch.equal(saved[name], weights[name]) for name in weights)
     assert not any(torch.equal(saved[name], average[name]) for name in weights)

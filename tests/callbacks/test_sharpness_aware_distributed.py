@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Classifier, dataset, fit, fsdp2, run_distributed, shard
+from harness import Classifier, dataset, fit, fsdp2, fsdp2_strategy, run_distributed, shard
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, SequentialSampler
 
+from lightning_ext._lightning import holds_unreduced
 from lightning_ext.callbacks import AdaptiveBatchSize, LocalGradients, SharpnessAware
 from lightning_ext.data import AdaptiveBatchSampler
 from lightning_ext.optim import DistributedLion
@@ -97,18 +99,24 @@ REDUCED: list[bool] = []
 
 
 class Notes(Classifier):
+    """Whether the gradients of a batch will be reduced, or others wait for it to be."""
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        REDUCED.append(self.trainer.strategy.model.require_backward_grad_sync)
+        wrapper = self.trainer.strategy.model
+        ddp = isinstance(wrapper, DistributedDataParallel)
+        REDUCED.append(wrapper.require_backward_grad_sync if ddp else holds_unreduced(self))
         return super().training_step(batch, batch_idx)
 
 
-def reductions() -> list[bool]:
-    fit([SharpnessAware(0.1)], module=Notes(), strategy="ddp", devices=2, max_steps=2)
+def reductions(kind: str) -> list[bool]:
+    settings = fsdp2_strategy(2) if kind == "ours" else {"strategy": "ddp", "devices": 2}
+    fit([SharpnessAware(0.1)], module=Notes(), max_steps=2, **settings)
     return REDUCED
 
 
-def test_gradients_are_reduced_once_in_each_pass() -> None:
-    for found in run_distributed(reductions):
+@pytest.mark.parametrize("kind", ["ddp", "ours"])
+def test_gradients_are_reduced_once_in_each_pass(kind: str) -> None:
+    for found in run_distributed(reductions, args=(kind,)):
         assert found == [False, True] * 4  # two micro-batches, two passes, two steps
 
 

@@ -1,0 +1,1 @@
+"""What this rank sends, read off the operators of torch.distributed."""
