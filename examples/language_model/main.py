@@ -15,6 +15,7 @@ import rich
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
@@ -35,12 +36,13 @@ COLUMNS |= {"validation loss": ".3f", "with EMA": ".3f", "final batch": ""}
 def train(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], Path]:
     """Returns the row of the table and the file of the curves."""
     seed_everything(args.seed, verbose=False)
-    data = TextFolder(args.data, micro_batch=args.batch // ACCUMULATE)
+    micro_batch = args.batch // (ACCUMULATE * args.devices)
+    data = TextFolder(args.data, micro_batch=micro_batch)
     batch = AdaptiveBatchSize(
         args.rule,
         lr_rule=args.lr_rule,
         max_global_batch=None if ":" in args.rule else 32 * args.batch,
-        max_micro_batch=max(64, args.batch // ACCUMULATE),
+        max_micro_batch=max(64 // args.devices, micro_batch),
         max_samples=args.samples,
         reference_batch=REFERENCE_BATCH,
     )
@@ -52,6 +54,8 @@ def train(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any],
     )
     trainer = Trainer(
         accelerator="cpu",
+        strategy=args.strategy,
+        devices=args.devices,
         max_epochs=-1,  # AdaptiveBatchSize stops at max_samples
         accumulate_grad_batches=ACCUMULATE,
         callbacks=[noise, batch, ema, SamplesBar(progress, args.optimizer, batch)],
@@ -83,7 +87,7 @@ def validation_loss(model: GPT, data: TextFolder) -> float:
 
 def wandb_loggers(args: argparse.Namespace) -> list[Logger]:
     """A W&B run where wandb is installed; it never asks for an account."""
-    if args.wandb == "off" or find_spec("wandb") is None:
+    if args.wandb == "off" or find_spec("wandb") is None or rank_zero_only.rank != 0:
         return []
     import wandb
 
@@ -107,20 +111,25 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help=f"at {REFERENCE_BATCH} windows a step")
     parser.add_argument("--batch", type=int, default=16, help="to begin with; even")
     parser.add_argument("--samples", type=int, default=16_000, help="windows to train on")
+    parser.add_argument("--strategy", default="auto", help="fsdp2, zeropp, ddp, …")
+    parser.add_argument("--devices", type=int, default=1, help="processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="a folder of text, not the standard library")
     parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="folder")
     parser.add_argument("--wandb", choices=("offline", "online", "off"), default="offline")
     args = parser.parse_args()
-    if args.batch < ACCUMULATE or args.batch % ACCUMULATE:
-        parser.error(f"--batch {args.batch}: take an even number, two micro-batches a step")
+    if args.batch < 1 or args.batch % (parts := ACCUMULATE * args.devices):
+        parser.error(f"--batch {args.batch}: take a multiple of {parts}, two micro-batches a step")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "The '.*dataloader' does not have many workers")
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning on torch 2.13
     torch.set_num_threads(1)  # more would only wait for each other: the model is small
     seen = TextColumn("{task.completed:>6,} samples · batch {task.fields[batch]}")
-    with Progress(TextColumn("{task.description:>8}"), BarColumn(), seen) as progress:
+    columns = TextColumn("{task.description:>8}"), BarColumn(), seen
+    with Progress(*columns, disable=rank_zero_only.rank != 0) as progress:
         row, metrics = train(args, progress)
+    if rank_zero_only.rank != 0:  # of several processes
+        return
     table = Table("run", *(Column(name, justify="right") for name in COLUMNS))
     table.add_row(args.optimizer, *(format(row[key], form) for key, form in COLUMNS.items()))
     rich.print(table)

@@ -117,7 +117,8 @@ def test_a_law_that_there_is_not_is_refused_with_the_laws(
 def test_the_room_runs_as_a_module_without_torch() -> None:
     # Without the package's own import, which tells Lightning the names of strategies.
     code = (
-        "import runpy, sys, types; sys.argv = ['x', 'advise', '--params', '1B', '--tokens', '20B']\n"
+        "import runpy, sys, types\n"
+        "sys.argv = ['x', 'advise', '--params', '1B', '--tokens', '20B']\n"
         "package = sys.modules['lightning_ext'] = types.ModuleType('lightning_ext')\n"
         f"package.__path__ = [{str(PACKAGE)!r}]\n"
         "try: runpy.run_module('lightning_ext.scaling', run_name='__main__')\n"
