@@ -18,9 +18,12 @@ OPEN_TO_TESTS = (
     "lightning_ext._lightning",
     "lightning_ext._require",
     "lightning_ext.kernels._triton",
+    # Orders of actions, which are compared with torch's own.
+    "lightning_ext.scaling._pipeline",
     # Parts of strategies: a Trainer in several processes is too much for them.
     "lightning_ext.strategies._deepspeed",
     "lightning_ext.strategies._fsdp2",
+    "lightning_ext.strategies._pipeline",
 )
 
 

@@ -46,12 +46,7 @@ from lightning_ext.scaling._curvature import (
 )
 from lightning_ext.scaling._decay_rules import GeoDamp, PadaDamp, Seesaw
 from lightning_ext.scaling._diagnostics import AdamInstability, LogFit, adam_instability
-from lightning_ext.scaling._ema import (
-    decay_to_half_life,
-    ema_decay,
-    ema_warmup,
-    half_life_to_decay,
-)
+from lightning_ext.scaling._ema import decay_to_half_life, ema_decay, ema_warmup, half_life_to_decay
 from lightning_ext.scaling._goodput import GoodputRule, StepTime
 from lightning_ext.scaling._gradient_tests import (
     COORDINATE_FRACTIONS,
@@ -134,6 +129,14 @@ from lightning_ext.scaling._norm_noise import (
     norm_signal,
 )
 from lightning_ext.scaling._parse_rule import parse_rule
+from lightning_ext.scaling._partition import balanced_split
+from lightning_ext.scaling._pipeline._advise import PipelinePlan, advise_pipeline
+from lightning_ext.scaling._pipeline._bubble import bubble_fraction, bubble_overhead
+from lightning_ext.scaling._pipeline._gathers import paper_gathers
+from lightning_ext.scaling._pipeline._layout import PipelineCluster, PipelineModel
+from lightning_ext.scaling._pipeline._orders import PIPELINE_SCHEDULES
+from lightning_ext.scaling._pipeline._timeline import PipelineTimeline, pipeline_timeline
+from lightning_ext.scaling._pipeline._timing import PipelineAction
 from lightning_ext.scaling._power_lr import power_lr
 from lightning_ext.scaling._refinement import FactorTable, refined_factors
 from lightning_ext.scaling._schedule import BatchSizeSchedule
@@ -155,6 +158,7 @@ __all__ = [
     "HYPERPARAMETER_RULES",
     "LAWS",
     "NOISE_RULES",
+    "PIPELINE_SCHEDULES",
     "SATURATING_RULES",
     "AdaDamp",
     "AdamInstability",
@@ -202,6 +206,11 @@ __all__ = [
     "OutOfRangeError",
     "OverTraining",
     "PadaDamp",
+    "PipelineAction",
+    "PipelineCluster",
+    "PipelineModel",
+    "PipelinePlan",
+    "PipelineTimeline",
     "PorianLaw",
     "PrecisionLaw",
     "Proposal",
@@ -222,14 +231,18 @@ __all__ = [
     "adam_instability",
     "adascale_gain",
     "advise",
+    "advise_pipeline",
     "agvm_factor",
     "agvm_multipliers",
+    "balanced_split",
     "batch_curvature",
     "batch_efficiency",
     "best_of_sweep",
     "block_bytes",
     "break_even_bandwidth",
     "break_even_micro_batch",
+    "bubble_fraction",
+    "bubble_overhead",
     "collective_traffic",
     "communication_bytes",
     "cosine_factor",
@@ -263,7 +276,9 @@ __all__ = [
     "one_cycle_factor",
     "one_cycle_momentum",
     "padded_parameters",
+    "paper_gathers",
     "parse_rule",
+    "pipeline_timeline",
     "power_lr",
     "refined_factors",
     "regime_adaptation",

@@ -1,4 +1,4 @@
-"""``python -m lightning_ext.scaling advise``: what the published laws say, as a table."""
+"""``python -m lightning_ext.scaling``: published laws as a table, schedules as timelines."""
 
 from __future__ import annotations
 
@@ -7,27 +7,33 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from lightning_ext.scaling import ADVICE_INPUTS, LAWS, Advice, advise
+from lightning_ext.scaling import (
+    ADVICE_INPUTS,
+    LAWS,
+    PIPELINE_SCHEDULES,
+    Advice,
+    PipelineTimeline,
+    advise,
+    bubble_fraction,
+    pipeline_timeline,
+)
 
 _SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _NUMBER = re.compile(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)([kmbgt]?)", re.IGNORECASE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line, print the advice, and return the exit status."""
+    """Read the command line, print the answer, and return the exit status."""
     options = vars(_parser().parse_args(arguments))
-    as_json, laws = options.pop("json"), options.pop("law")
-    options.pop("command")
+    command = {"advise": _advice, "pipeline": _pipeline}[options.pop("command")]
     try:
-        rows = advise(laws=laws, **options)
-    except ValueError as error:
+        lines = command(options)
+    except (ValueError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if as_json:
-        print(json.dumps([row._asdict() for row in rows], indent=2, allow_nan=False))
-    else:
-        print("\n".join(_table(rows)))
+    print("\n".join(lines))
     return 0
 
 
@@ -42,9 +48,19 @@ def number(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lightning_ext.scaling", description=__doc__)
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "advise", help="learning rate, batch, size, tokens and loss by the published laws"
+    commands = parser.add_subparsers(dest="command", required=True)
+    _advise_arguments(
+        commands.add_parser(
+            "advise", help="learning rate, batch, size, tokens and loss by the published laws"
+        )
     )
+    _pipeline_arguments(
+        commands.add_parser("pipeline", help="the timeline of one batch through a pipeline")
+    )
+    return parser
+
+
+def _advise_arguments(command: argparse.ArgumentParser) -> None:
     for name, text in ADVICE_INPUTS.items():
         required = name in ("params", "tokens")
         flag = "--" + name.replace("_", "-")
@@ -57,7 +73,58 @@ def _parser() -> argparse.ArgumentParser:
         help="only this law; may be given again. An error where it refuses all that it could say.",
     )
     command.add_argument("--json", action="store_true", help="print JSON")
-    return parser
+
+
+def _pipeline_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--schedule", choices=PIPELINE_SCHEDULES, default="breadth_first")
+    add("--ranks", type=int, required=True, metavar="P", help="pipeline ranks")
+    add("--stages-per-rank", type=int, default=1, metavar="N", help="stages on each rank")
+    add("--microbatches", type=int, required=True, metavar="M", help="micro-batches of a batch")
+    add("--forward-ms", type=float, default=1.0, metavar="X", help="of a stage and micro-batch")
+    add("--backward-ms", type=float, default=2.0, metavar="X", help="the same")
+    add("--send-ms", type=float, default=0.0, metavar="X", help="from rank to rank")
+    add("--gather-ms", type=float, default=0.0, metavar="X", help="of a stage, with fsdp2")
+    add("--reduce-ms", type=float, default=0.0, metavar="X", help="of a stage, with ddp and fsdp2")
+    add("--data-parallel", choices=("ddp", "fsdp2"), help="what gathers and reduces")
+    add("--png", metavar="FILE", help="draw it, too (matplotlib)")
+
+
+def _advice(options: dict[str, Any]) -> list[str]:
+    as_json, laws = options.pop("json"), options.pop("law")
+    rows = advise(laws=laws, **options)
+    if as_json:
+        return [json.dumps([row._asdict() for row in rows], indent=2, allow_nan=False)]
+    return _table(rows)
+
+
+def _pipeline(options: dict[str, Any]) -> list[str]:
+    path, ranks, count = (options.pop(name) for name in ("png", "ranks", "microbatches"))
+    timeline = pipeline_timeline(**options, pipeline_ranks=ranks, num_microbatches=count)
+    if path:
+        timeline.figure(path)
+    return [timeline.text(), "", *_numbers(timeline, is_sharded=bool(options["data_parallel"]))]
+
+
+def _numbers(timeline: PipelineTimeline, *, is_sharded: bool) -> list[str]:
+    formula = bubble_fraction(
+        timeline.pipeline_ranks, timeline.num_microbatches, timeline.stages_per_rank
+    )
+    lines = [
+        f"total            {timeline.total_ms:g} ms",
+        f"idle             {timeline.bubble_fraction:.4f} of it; by the formula {formula:.4f}",
+        f"stashed at most  {_by_rank(timeline.peak_stashed)}",
+    ]
+    if is_sharded:
+        paper = timeline.paper_gathers
+        lines.append(f"gathers          {_by_rank(timeline.gathers)}; one stage at a time: {paper}")
+        lines.append(f"reductions       {_by_rank(timeline.reduces)}")
+    return lines
+
+
+def _by_rank(counts: Sequence[int]) -> str:
+    """One number if all ranks have it, else all of them."""
+    return f"{counts[0]}" if len(set(counts)) == 1 else ", ".join(map(str, counts)) + " by rank"
 
 
 def _table(rows: Sequence[Advice]) -> list[str]:

@@ -60,6 +60,11 @@ from lightning_ext.scaling import (
     OptimalBatchRule,
     OverTraining,
     PadaDamp,
+    PipelineAction,
+    PipelineCluster,
+    PipelineModel,
+    PipelinePlan,
+    PipelineTimeline,
     PorianLaw,
     PrecisionLaw,
     Proposal,
@@ -80,14 +85,18 @@ from lightning_ext.scaling import (
     adam_instability,
     adascale_gain,
     advise,
+    advise_pipeline,
     agvm_factor,
     agvm_multipliers,
+    balanced_split,
     batch_curvature,
     batch_efficiency,
     best_of_sweep,
     block_bytes,
     break_even_bandwidth,
     break_even_micro_batch,
+    bubble_fraction,
+    bubble_overhead,
     collective_traffic,
     communication_bytes,
     cosine_factor,
@@ -121,7 +130,9 @@ from lightning_ext.scaling import (
     one_cycle_factor,
     one_cycle_momentum,
     padded_parameters,
+    paper_gathers,
     parse_rule,
+    pipeline_timeline,
     power_lr,
     refined_factors,
     regime_adaptation,
@@ -292,6 +303,24 @@ def _served(tokens: float) -> tuple[float, float]:
 
 ABSOLUTE = "the target does not depend on the present batch"
 MEASURED = "it reads a measurement made at the present batch"
+LAYERS = PipelineModel(64, 12 * 8192**2, 0.066, 2 * 8192 * 2048, 34 * 8192 * 2048)
+
+
+def _gathers(schedule: str, loops: int) -> int:
+    return paper_gathers(schedule, pipeline_ranks=2, stages_per_rank=loops, num_microbatches=8)
+
+
+def _timeline(schedule: str, ranks: int, loops: int = 1) -> PipelineTimeline:
+    return pipeline_timeline(
+        schedule, pipeline_ranks=ranks, stages_per_rank=loops, num_microbatches=8
+    )
+
+
+def _plans(ranks: int) -> list[PipelinePlan]:
+    cluster = PipelineCluster(ranks, 80e9 if ranks > 1 else 1e13, Links(250e9, 3e9))
+    return advise_pipeline(LAYERS, cluster, critical_batch=64)
+
+
 CONTRACTS = {
     "scale_hyperparameters": Contract(
         identity=lambda: all(_scaled(ADAMW, 1, rule) == ADAMW for rule in HYPERPARAMETER_RULES),
@@ -1077,6 +1106,45 @@ CONTRACTS = {
         published=lambda: break_even_micro_batch(SENT, LINKS, 1.5) == pytest.approx(4),
         composes="it is a limit",
     ),
+    "bubble_fraction": Contract(
+        identity=lambda: bubble_fraction(1, 8) == 0,
+        # Huang et al. 2019, section 2.3: (K − 1)/(M + K − 1), small from M = 4K on.
+        published=lambda: bubble_fraction(8, 32) == 7 / 39,
+        composes="it is a limit",
+    ),
+    "bubble_overhead": Contract(
+        identity=lambda: bubble_overhead(1, 8) == 0,
+        # Narayanan et al. 2021, section 2.2: (p − 1)/m, over v with v stages on a rank.
+        published=lambda: bubble_overhead(4, 8, 2) == 3 / 8 / 2,
+        composes="it is a limit",
+    ),
+    "paper_gathers": Contract(
+        identity=lambda: _gathers("breadth_first", 1) == _gathers("gpipe", 1) == 2,
+        # Lamy-Poirier 2023: breadth-first gathers each stage once in a pass.
+        published=lambda: _gathers("breadth_first", 4) == 2 * 4,
+        composes="it counts one batch",
+    ),
+    "balanced_split": Contract(
+        identity=lambda: balanced_split([3.0, 1.0, 2.0], 1) == [0],
+        # Skiena 2008 (The Algorithm Design Manual, section 8.5): 1 to 9 in three parts.
+        published=lambda: balanced_split(range(1, 10), 3) == [0, 5, 7],
+        composes="it cuts once",
+    ),
+    "pipeline_timeline": Contract(
+        identity=lambda: _timeline("gpipe", 1).total_ms == 8 * (1 + 2),
+        # Lamy-Poirier 2023: stages on a rank divide the bubble; the formula of the paper.
+        published=lambda: (
+            _timeline("breadth_first", 4, 2).bubble_fraction
+            == pytest.approx(bubble_fraction(4, 8, 2))
+        ),
+        composes="it times one batch",
+    ),
+    "advise_pipeline": Contract(
+        identity=lambda: [plan.pipeline_ranks for plan in _plans(1)] == [1, 1],
+        # Lamy-Poirier 2023: on slow links and with small batches breadth-first is fastest.
+        published=lambda: _plans(64)[0].schedule == "breadth_first",
+        composes="it chooses among layouts",
+    ),
 }
 
 RECORDS = {
@@ -1105,6 +1173,11 @@ RECORDS = {
     "Links": Links(100e9, 10e9),
     "ShardedMemory": ShardedMemory(1.0, 1.0, 2.0),
     "Traffic": Traffic(100, 200, 1, 2),
+    "PipelineAction": PipelineAction(0, 0, "forward", 0, 0.0, 1.0),
+    "PipelineCluster": PipelineCluster(64, 80e9, LINKS),
+    "PipelineModel": LAYERS,
+    "PipelinePlan": PipelinePlan("gpipe", "ddp", 2, 1, 1, 1, 2, False, 3.0, 2.0, 3.0, 1e9, 1e6),
+    "PipelineTimeline": pipeline_timeline("1f1b", pipeline_ranks=2, num_microbatches=2),
 }
 PROTOCOLS = {"BatchRule", "Law"}
 NAMES = {
@@ -1117,6 +1190,7 @@ NAMES = {
     "ESTIMATED_FIELDS",
     "HYPERPARAMETER_RULES",
     "NOISE_RULES",
+    "PIPELINE_SCHEDULES",
     "SATURATING_RULES",
 }
 

@@ -1,0 +1,1 @@
+"""Pipelines on paper: orders of work, timelines, bubbles, gathers, and a choice of layout."""
