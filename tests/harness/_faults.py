@@ -26,7 +26,7 @@ class Fault(Callback):
         seconds: Of the hang.
 
     Attributes:
-        since: `time.monotonic()` of this rank, just before.
+        since: `time.monotonic()` of this rank at the beginning of that step.
     """
 
     def __init__(
@@ -36,12 +36,15 @@ class Fault(Callback):
         self.rank, self.step, self.seconds = rank, step, seconds
         self.since = 0.0
 
-    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
-        """Waits for the gradient of the loss."""
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Notes the time; a rank may lose the others before its own backward pass."""
         if trainer.global_step == self.step:
             self.since = time.monotonic()
-            if trainer.global_rank == self.rank:
-                loss.register_hook(self._strike)
+
+    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
+        """Waits for the gradient of the loss."""
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            loss.register_hook(self._strike)
 
     def _strike(self, grad: Any) -> None:
         if self.kind == "die":
