@@ -19,6 +19,7 @@ from lightning_ext._lightning._functional_step import FunctionalStep
 from lightning_ext._lightning._lengths import epoch_end, sync_lengths
 from lightning_ext._lightning._loader import install_sampler, live_sampler, uninstall_sampler
 from lightning_ext._lightning._local_gradients import keep_gradients_local, share_overflow
+from lightning_ext._lightning._micro_batches import MicroBatches
 from lightning_ext._lightning._monitored import (
     monitored_metrics,
     restore_monitored_metrics,
@@ -36,9 +37,17 @@ from lightning_ext._lightning._own_gradients import (
     OwnGradients,
     drop_unreduced,
     holds_unreduced,
+    note_units,
     own_parameters,
     reshard,
 )
+from lightning_ext._lightning._pipeline_step import (
+    batches_before,
+    ends_window,
+    run_backward_in_step,
+    zero_grad_of_window,
+)
+from lightning_ext._lightning._pipeline_view import PipelineView
 from lightning_ext._lightning._random_state import random_state, restore_random_state
 from lightning_ext._lightning._resume import (
     resume_position,
@@ -66,9 +75,11 @@ __all__ = [
     "DistributedView",
     "FullyShardedView",
     "FunctionalStep",
+    "MicroBatches",
     "OutOfMemoryRecovery",
     "Outcome",
     "OwnGradients",
+    "PipelineView",
     "SecondPass",
     "ShardedView",
     "StepCounter",
@@ -77,9 +88,11 @@ __all__ = [
     "View",
     "batch_maker",
     "batch_share",
+    "batches_before",
     "branching",
     "check_branches",
     "drop_unreduced",
+    "ends_window",
     "epoch_end",
     "export_with",
     "exporting",
@@ -93,6 +106,7 @@ __all__ = [
     "local_part",
     "logs_now",
     "monitored_metrics",
+    "note_units",
     "own_parameters",
     "present_sizes",
     "random_state",
@@ -104,6 +118,7 @@ __all__ = [
     "restore_monitored_metrics",
     "restore_random_state",
     "resume_position",
+    "run_backward_in_step",
     "runs_in_parts",
     "share_overflow",
     "silent_log",
@@ -118,4 +133,5 @@ __all__ = [
     "untouched",
     "view",
     "weights_only_checkpoint",
+    "zero_grad_of_window",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,23 @@ class View:
     def local_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and the parameters, or parts of them, that live on this rank."""
         yield from self.trainer.lightning_module.named_parameters()
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the parameters of all ranks."""
+        return [name for name, _ in self.local_parameters()]
+
+    def counted(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Parameters or gradients without those that another stage of a pipeline counts."""
+        return list(tensors)
+
+    def sum_over_stages(self, values: Tensor) -> Tensor:
+        """Adds up what the ranks of a pipeline have found in their stages, each element once."""
+        return values
+
+    def merge_stages(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """What the ranks of a pipeline have found in their stages, by name."""
+        return dict(own)
 
     def sq_norm(self, tensors: Iterable[Tensor]) -> Tensor:
         """Sum of squares of all elements, over the ranks that split the parameters."""
@@ -135,15 +153,21 @@ class View:
         """Whether :meth:`set_accumulate` may be called during fit."""
         return True
 
+    @property
+    def accumulate_unit(self) -> int:
+        """What a changed :attr:`accumulate` must be a multiple of."""
+        return 1
+
     def set_accumulate(self, accumulate: int) -> None:
         """Changes the accumulation between two windows of both the old and the new size.
 
         Raises:
             MisconfigurationException: A gradient would be cut or mixed here.
         """
-        if accumulate != self.accumulate and not self._between_windows(accumulate):
+        present = self.trainer.accumulate_grad_batches
+        if accumulate != present and not self._between_windows(accumulate):
             raise MisconfigurationException(
-                f"accumulate_grad_batches cannot change from {self.accumulate} to {accumulate}"
+                f"accumulate_grad_batches cannot change from {present} to {accumulate}"
                 " here: a gradient would be cut. Allowed is a batch that is a multiple of both, or"
                 " the end of an epoch. Hint: AdaptiveBatchSampler.resize returns such a batch."
             )
@@ -155,11 +179,30 @@ class View:
         if not epoch_is_open(self.trainer):
             return True
         done = batches.current.ready
-        aligned = done % accumulate == 0 and done % self.accumulate == 0
+        aligned = not (done % accumulate or done % self.trainer.accumulate_grad_batches)
         return aligned or batches.is_last_batch or not self._holds_gradients()
 
     def _holds_gradients(self) -> bool:
         return any(p.grad is not None for _, p in self.local_parameters())
+
+    @property
+    def cuts_batches(self) -> bool:
+        """Whether a training step runs the backward passes of several micro-batches by itself."""
+        return False
+
+    def split_of(self, batch: int, accumulate: int) -> tuple[int, int]:
+        """Micro-batch and accumulation of a loader's batch and the Trainer's accumulation."""
+        return batch, accumulate
+
+    def loader_sizes(self, micro_batch: int, accumulate: int) -> tuple[int, int]:
+        """A loader's batch and the Trainer's accumulation that make these."""
+        return micro_batch, accumulate
+
+    def announce_loss_weight(self, weight: float) -> None:
+        """Says by what the loss of the coming batch will be multiplied in ``on_before_backward``.
+
+        A strategy that is through with the backward pass by then goes by this.
+        """
 
     def set_micro_batch(self, micro_batch: int, *, accumulate: int | None = None) -> int | None:
         """Asks the train loader's sampler for another size, from the next whole window on.

@@ -166,7 +166,9 @@ def _from_stock(trainer: Trainer, loader: DataLoader[Any]) -> AdaptiveBatchSampl
     stock: Any = loader.batch_sampler
     sampler = stock.sampler
     ranks, _ = _data_ranks(trainer)
-    if ranks > 1 and not isinstance(sampler, DistributedSampler):
+    # Ranks of a pipeline see the same data, and would each shuffle for themselves.
+    shared = ranks > 1 or (trainer.world_size > 1 and not isinstance(sampler, SequentialSampler))
+    if shared and not isinstance(sampler, DistributedSampler):
         if not isinstance(sampler, (RandomSampler, SequentialSampler)):
             raise MisconfigurationException(
                 f"A {type(sampler).__name__} cannot be split over {ranks} ranks. Hint:"

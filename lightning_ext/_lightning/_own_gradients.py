@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import Parameter
 
 Note = Callable[[int, Tensor], None]
+_units_outside: WeakKeyDictionary[nn.Module, tuple[nn.Module, ...]] = WeakKeyDictionary()
 
 
 class OwnGradients:
@@ -69,6 +71,16 @@ class OwnGradients:
     def _fire(self, index: int, gradient: Tensor) -> None:
         self._fired.add(index)
         self._note(index, gradient)
+
+
+def note_units(module: nn.Module, units: Sequence[nn.Module]) -> None:
+    """Remembers modules of FSDP2 that have parameters of a module, and are not inside of it.
+
+    Args:
+        module: A module.
+        units: What was sharded in its place, such as stages of a pipeline.
+    """
+    _units_outside[module] = tuple(units)
 
 
 def reshard(module: nn.Module) -> None:
@@ -139,4 +151,5 @@ def _groups_of(state: Any) -> list[Any]:
 
 
 def _sharded_modules(module: nn.Module) -> list[Any]:
-    return [one for one in module.modules() if isinstance(one, FSDPModule)]
+    found = [*module.modules(), *_units_outside.get(module, ())]
+    return [one for one in found if isinstance(one, FSDPModule)]

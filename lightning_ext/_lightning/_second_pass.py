@@ -214,7 +214,13 @@ class SecondPass:
 
 
 def _check(trainer: Trainer) -> None:
-    view(trainer)  # raises for a strategy that is not supported
+    if view(trainer).cuts_batches:
+        raise MisconfigurationException(
+            "The batches of a step are run twice, and"
+            f" {type(trainer.strategy).__name__} runs forward and backward passes of its stages by"
+            " itself, once. Allowed are a single device, DDP and FSDP2. Hint:"
+            " Trainer(strategy='fsdp2')."
+        )
     if not trainer.lightning_module.automatic_optimization:
         raise MisconfigurationException(
             "The batches of a step are run twice under automatic optimization alone;"

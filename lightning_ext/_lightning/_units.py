@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from lightning_ext import kernels
+from lightning_ext._lightning._base_view import View
 from lightning_ext._lightning._sharded_view import local_part
 
 Groups = tuple[dist.ProcessGroup, ...]
@@ -26,10 +27,13 @@ class Units:
 
     Args:
         parameters: Plain tensors and DTensors, each with a gradient.
+        seen: The view of the run, where ranks may have other layers.
     """
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Sequence[Parameter], seen: View | None = None) -> None:
+        self._parameters, self._seen = parameters, seen
+        counted = parameters if seen is None else seen.counted(parameters)
+        self._counted = {id(x) for x in counted}
         self._cut = [_split_over(x, cuts_units=True) for x in parameters]
         self._spread = [_split_over(x, cuts_units=False) for x in parameters]
 
@@ -44,7 +48,8 @@ class Units:
     @property
     def count(self) -> int:
         """How many units there are, on all ranks."""
-        return sum(x.shape[0] if x.ndim > 1 else 1 for x in self._parameters)
+        own = [x for x in self._parameters if id(x) in self._counted]
+        return int(self._over_stages(sum(x.shape[0] if x.ndim > 1 else 1 for x in own)))
 
     def norms(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Norms of units, whole ones also where this rank holds a part of them.
@@ -73,6 +78,8 @@ class Units:
         Args:
             values: Of each parameter, for each of its units that this rank holds a number.
         """
+        if not values:
+            return self._over_stages(0.0)
         wide = reduce(torch.promote_types, {x.dtype for x in values}, torch.float32)
         sums = torch.stack([x.sum(dtype=wide) for x in values])
         for groups in dict.fromkeys(filter(None, self._spread)):
@@ -81,7 +88,16 @@ class Units:
             for group in groups:
                 dist.all_reduce(part, group=group)
             sums[chosen] = part
-        return sums.sum()
+        counted = [id(x) in self._counted for x in self._parameters]
+        return self._over_stages(sums[counted].sum())
+
+    def _over_stages(self, value: Tensor | float) -> Tensor:
+        """Adds a number up over the stages of a pipeline, where there are any."""
+        if self._seen is None or not self._seen.cuts_batches:
+            return torch.as_tensor(value)
+        device = self._seen.trainer.strategy.root_device
+        whole = torch.as_tensor(value, dtype=torch.float64, device=device)
+        return self._seen.sum_over_stages(whole)
 
 
 def _split_over(tensor: Tensor, *, cuts_units: bool) -> Groups:

@@ -42,17 +42,17 @@ def adam_layers(
                 sums.append(_sums(optimizer, parameter, seen, settings))
                 parameters.append(parameter)
                 eps_of[_layer(names[id(parameter)])] = settings.eps
-    if not sums:
-        return {}
-    whole = seen.reduce_columns(torch.stack(sums, 1), parameters).double()
     layers: dict[str, Tensor] = {}
-    for parameter, column in zip(parameters, whole.unbind(1), strict=True):
-        layer = _layer(names[id(parameter)])
-        layers[layer] = layers[layer] + column if layer in layers else column
-    return {
+    if sums:
+        whole = seen.reduce_columns(torch.stack(sums, 1), parameters).double()
+        for parameter, column in zip(parameters, whole.unbind(1), strict=True):
+            layer = _layer(names[id(parameter)])
+            layers[layer] = layers[layer] + column if layer in layers else column
+    found = {
         layer: scaling.adam_instability(column.tolist(), eps=eps_of[layer])
         for layer, column in layers.items()
     }
+    return seen.merge_stages(found)
 
 
 def _sums(

@@ -41,7 +41,8 @@ class AdaptiveBatchSize(Callback):
     expects, schedules by samples (:class:`~lightning_ext.optim.SampleSchedule`) and :class:`EMA`.
     The micro-batch grows first, up to ``max_micro_batch``, then accumulation. Every sample is seen
     once per epoch, and each step's gradient is the mean over its samples. A resumed run goes on
-    with the very next sample.
+    with the very next sample. Under a pipeline the loader's batch grows, and with it the number of
+    micro-batches; these keep their size.
 
     Where the Trainer logs, it logs ``global_batch``, ``micro_batch``, ``accumulate``,
     ``samples_seen``, ``lr_scaled`` (what the optimizer used), ``target_batch`` and ``statistic`` of
@@ -55,7 +56,7 @@ class AdaptiveBatchSize(Callback):
             reads the one :class:`Curvature` of the Trainer.
         max_global_batch: Largest samples per optimizer step; a schedule may leave it out.
         max_micro_batch: Largest samples per forward pass on one rank; ``None`` keeps the loader's
-            batch size, and accumulation alone changes.
+            batch size, and accumulation alone changes, as it always does under a pipeline.
         max_samples: Stop at the first step that reaches as many samples.
         growth: Largest factor of one change.
         dwell_samples: Samples between two changes; ``None`` means 16 steps at the present batch.
@@ -73,7 +74,8 @@ class AdaptiveBatchSize(Callback):
         source: The :class:`GradientNoiseScale` to use where there are several.
         tokens_per_sample: Makes schedules in tokens possible.
         on_oom: ``"split"`` runs a batch that does not fit into memory again in parts, and goes on
-            with a smaller micro-batch, on one device; ``"raise"`` ends the fit.
+            with a smaller micro-batch, on one device; ``"raise"`` ends the fit, as does lack of
+            memory under a pipeline.
         reference_batch: The global batch that the hyper-parameters belong to; ``None`` means the
             one that the loader and the Trainer start with.
 
@@ -207,6 +209,7 @@ class AdaptiveBatchSize(Callback):
         """Reads how much the batch counts, and tells schedules by samples about the step."""
         _lightning.sync_first_batch(trainer)
         self._read_share(trainer, batch, batch_idx)
+        _lightning.view(trainer).announce_loss_weight(self._share.loss_weight)
         for config in trainer.lr_scheduler_configs:
             for schedule in sample_schedules(config.scheduler):
                 schedule.samples_per_step = self.batch.worth(self._share.window)
@@ -232,7 +235,8 @@ class AdaptiveBatchSize(Callback):
     ) -> None:
         """After an optimizer step: counts, asks the rule, and changes what is due."""
         self.batch.sampler.consume()
-        self.batch.add_loss(outputs, self._share.local)
+        accumulate = trainer.accumulate_grad_batches
+        self.batch.observer.add_loss(outputs, self._share.local, accumulate)
         if not _lightning.steps_now(trainer):
             return
         self.batch.end_step(trainer, self._share.window)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ext import functional
-from lightning_ext._lightning import Units, logs_now, step_gradient_scale
+from lightning_ext._lightning import Units, logs_now, step_gradient_scale, view
 from lightning_ext.callbacks._arguments import require_bool, require_number
 from lightning_ext.callbacks._left_out import left_out, require_patterns, with_gradients
 
@@ -81,9 +81,10 @@ class AdaptiveGradientClipping(Callback):
         """Clips."""
         self._last = None
         params = with_gradients(trainer, optimizer, self._left_out)
-        if not params:
+        seen = view(trainer)
+        if not (params or seen.cuts_batches):
             return
-        units = Units(params)
+        units = Units(params, seen)
         clipped = functional.unitwise_clip_(
             units.weights(),
             units.grads(),
@@ -99,8 +100,9 @@ class AdaptiveGradientClipping(Callback):
         """Logs where the Trainer does."""
         if self._last is not None and logs_now(trainer):
             units, clipped = self._last
-            share = units.total(clipped) / units.count
-            pl_module.log("clipped_units", share, on_step=True, on_epoch=False)
+            total, count = units.total(clipped), units.count
+            if count:
+                pl_module.log("clipped_units", total / count, on_step=True, on_epoch=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go of the last step."""

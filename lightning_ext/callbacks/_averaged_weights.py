@@ -102,7 +102,8 @@ class AveragedWeights:
             *module.named_parameters(remove_duplicate=False),
             *module.named_buffers(remove_duplicate=False),
         )
-        names = {name for name, tensor in named if id(tensor) in averaged} & state.keys()
+        raw = {name for name, tensor in named if id(tensor) not in averaged}
+        names = state.keys() - raw  # what other ranks have is not in the module, and averaged
         with self.swapped_out(module):
             # They share memory with the module, which gets the average back.
             state.update({n: x.detach().clone() for n, x in weights().items() if n in names})

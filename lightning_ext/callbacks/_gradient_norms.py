@@ -146,11 +146,12 @@ class GradientNormRecorder(Callback):
         """Notes the norm, without waiting for the device."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients or self._share is None:
+        seen = view(trainer)
+        if not (gradients or seen.cuts_batches) or self._share is None:
             return
         norm = _l1_norm if self._chosen == "l1" else _l2_norm
         scale = step_gradient_scale(trainer, optimizer)
-        self._pending.append(norm(view(trainer), gradients) / scale)
+        self._pending.append(norm(seen, gradients) / scale)
         self._batches.append(self._share.window)
         if self._share.whole and not trainer.is_last_batch:
             self._compare(self._share.window)
@@ -223,8 +224,8 @@ def _l2_norm(seen: View, gradients: list[Tensor]) -> Tensor:
 
 def _l1_norm(seen: View, gradients: list[Tensor]) -> Tensor:
     """The roots of the tensors' sums, so that the view adds the sums over ranks that split them."""
-    sums = [_abs_sum(gradient) for gradient in gradients]
-    return seen.sq_norm([torch.stack(sums).sqrt()])
+    sums = [_abs_sum(gradient) for gradient in seen.counted(gradients)]
+    return seen.sq_norm([torch.stack(sums).sqrt()] if sums else [])
 
 
 def _abs_sum(gradient: Tensor) -> Tensor:

@@ -45,19 +45,22 @@ def left_out(
     Raises:
         MisconfigurationException: A pattern matches no parameter.
     """
-    named = dict(view(trainer).local_parameters())
+    seen = view(trainer)
+    named, names = dict(seen.local_parameters()), seen.parameter_names
     for pattern in exclude:
-        if not any(_matches(name, pattern) for name in named):
+        if not any(_matches(name, pattern) for name in names):
             raise MisconfigurationException(
                 f"{owner} excludes {pattern!r}, and no parameter has such a name; allowed are"
-                f" patterns of names such as {next(iter(named), '')!r}. Hint: print the names of"
+                f" patterns of names such as {next(iter(names), '')!r}. Hint: print the names of"
                 " module.named_parameters()."
             )
-    chosen = {name for name in named if any(_matches(name, x) for x in exclude)}
+    chosen = {name for name in names if any(_matches(name, x) for x in exclude)}
     if classifier:
-        last = {id(p) for p in _last_linear(trainer.lightning_module)}
+        index, members = _last_linear(trainer.lightning_module)
+        (latest,) = seen.largest(index)
+        last = {id(p) for p in members if index == latest}  # a later one is of another stage
         chosen |= {name for name, p in named.items() if id(p) in last}
-        if not last:
+        if latest < 0:
             rank_zero_warn(
                 f"{owner} leaves the classifier out, and found none: there is no nn.Linear that is"
                 " trained. Hint: exclude=['head.*'], or exclude_classifier=False."
@@ -96,11 +99,12 @@ def with_gradients(
     ]
 
 
-def _last_linear(module: nn.Module) -> list[Parameter]:
+def _last_linear(module: nn.Module) -> tuple[int, list[Parameter]]:
+    """Its place among modules and its parameters; -1 if there is none."""
     found = [
-        [p for p in one.parameters() if p.requires_grad]
-        for one in module.modules()
+        (index, [p for p in one.parameters() if p.requires_grad])
+        for index, one in enumerate(module.modules())
         if isinstance(one, nn.Linear)
     ]
-    trained = [params for params in found if params]
-    return trained[-1] if trained else []
+    trained = [(index, params) for index, params in found if params]
+    return trained[-1] if trained else (-1, [])

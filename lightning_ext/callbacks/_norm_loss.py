@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_ext import functional
-from lightning_ext._lightning import Units, logs_now, step_gradient_scale
+from lightning_ext._lightning import Units, logs_now, step_gradient_scale, view
 from lightning_ext.callbacks._arguments import require_bool, require_number
 from lightning_ext.callbacks._left_out import left_out, require_patterns, with_gradients
 
@@ -84,9 +84,10 @@ class NormLoss(Callback):
         """Adds the gradient."""
         self._last = None
         params = with_gradients(trainer, optimizer, self._left_out, takes=_has_rows)
-        if not params:
+        seen = view(trainer)
+        if not (params or seen.cuts_batches):
             return
-        units, scale = Units(params), step_gradient_scale(trainer, optimizer)
+        units, scale = Units(params, seen), step_gradient_scale(trainer, optimizer)
         penalties = functional.norm_loss_grad_(
             units.weights(), units.grads(), self.strength * scale, norms=units.norms
         )

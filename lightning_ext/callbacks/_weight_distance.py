@@ -161,7 +161,10 @@ class WeightDistance(Callback):
         before, self._steps = self._steps, self._steps + taken
         if before // self.every_n_steps == self._steps // self.every_n_steps:
             return
-        self._distance = float(seen.sq_norm(_moved(_trained(seen), self._start)).sqrt())
+        present = _trained(seen)
+        counted = {id(p) for p in seen.counted(list(present.values()))}
+        own = {name: p for name, p in present.items() if id(p) in counted}
+        self._distance = float(seen.sq_norm(_moved(own, self._start)).sqrt())
         if self._steps > self.after_steps:
             self._by_steps = self._by_steps.add(self._steps, self._distance)
             self._by_samples = self._by_samples.add(self._samples, self._distance)

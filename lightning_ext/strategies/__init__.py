@@ -3,6 +3,7 @@
 from lightning_ext.strategies._deepspeed_zeropp import DeepSpeedZeroPPStrategy
 from lightning_ext.strategies._fsdp2_strategy import FSDP2Strategy
 from lightning_ext.strategies._names import register_strategies
+from lightning_ext.strategies._pipeline_strategy import PipelineStrategy
 from lightning_ext.strategies._zeropp._install import install_collectives
 from lightning_ext.strategies._zeropp._node_groups import NodeGroups, node_groups
 from lightning_ext.strategies._zeropp._quantized_all_gather import QuantizedAllGather
@@ -13,6 +14,7 @@ __all__ = [
     "DeepSpeedZeroPPStrategy",
     "FSDP2Strategy",
     "NodeGroups",
+    "PipelineStrategy",
     "QuantizedAllGather",
     "QuantizedReduceScatter",
     "ZeroPPStrategy",

@@ -30,7 +30,7 @@ from lightning_ext._lightning import FullyShardedView, drop_unreduced, require_a
 from lightning_ext.scaling import CommunicationBytes
 from lightning_ext.strategies._fsdp2._arguments import checked
 from lightning_ext.strategies._fsdp2._checkpoints import load_checkpoint, save_parts
-from lightning_ext.strategies._fsdp2._clipping import clip_by_global_norm, clip_by_value
+from lightning_ext.strategies._fsdp2._clipping import clip_over_ranks
 from lightning_ext.strategies._fsdp2._earlier import require_as_before
 from lightning_ext.strategies._fsdp2._export import export
 from lightning_ext.strategies._fsdp2._faults import explain, require_module, run_settings
@@ -139,8 +139,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:
         if plugin is not None:
             check_precision(plugin, type(self).__name__)
-            setattr(plugin, "clip_grad_by_norm", self._clip_by_norm)  # noqa: B010
-            setattr(plugin, "clip_grad_by_value", self._clip_by_value)  # noqa: B010
+            clip_over_ranks(plugin, self.view)
         self._precision_plugin = plugin
 
     def view(self) -> FullyShardedView:
@@ -287,10 +286,3 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
         hooks = gather_when_called(module)
         self._undo += [steps_gather(module), self._reduction.remove, *(h.remove for h in hooks)]
-
-    def _clip_by_norm(self, optimizer: Any, clip_val: float) -> None:
-        parameters = self.precision_plugin.main_params(optimizer)
-        clip_by_global_norm(self.view(), list(parameters), clip_val)
-
-    def _clip_by_value(self, optimizer: Any, clip_val: float) -> None:
-        clip_by_value(list(self.precision_plugin.main_params(optimizer)), clip_val)

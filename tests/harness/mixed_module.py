@@ -37,6 +37,31 @@ class Layer(nn.Module):
         return x + self.gain * self.down(torch.tanh(self.up(self.norm(x))))
 
 
+class Mean(nn.Module):
+    """An embedding of some words, and their mean."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Takes (samples, words) to (samples, width)."""
+        return self.embedding(words).mean(1)
+
+
+class Scores(nn.Module):
+    """The head of a `Mixed`, with parameters of it that are not of this layer."""
+
+    def __init__(self, mixed: Mixed) -> None:
+        super().__init__()
+        self.head, self.outer = mixed.head, (mixed,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Takes (samples, width) to (samples, words)."""
+        (outer,) = self.outer
+        return self.head(x * outer.frozen + outer.shift) * outer.scale
+
+
 class Mixed(LightningModule):
     """Repeated layers, and parameters that are tied, frozen, unused, single or without dimension.
 
@@ -64,10 +89,14 @@ class Mixed(LightningModule):
 
     def forward(self, words: Tensor) -> Tensor:
         """Scores of the next word."""
-        x = self.embedding(words).mean(1)
-        for layer in self.layers:
+        x = words
+        for layer in self.pipeline_layers():
             x = layer(x)
-        return self.head(x * self.frozen + self.shift) * self.scale
+        return x
+
+    def pipeline_layers(self) -> list[nn.Module]:
+        """What a forward pass calls; the tied weight is in the first and in the last."""
+        return [Mean(self.embedding), *self.layers, Scores(self)]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch, in which the last word has a greater weight."""
@@ -82,12 +111,19 @@ class Mixed(LightningModule):
         return OPTIMIZERS[self.chosen](self.parameters())
 
 
-def batches() -> DataLoader[Any]:
-    """This rank's part of batches that all ranks together see as one process does."""
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+def batches(pipeline_ranks: int = 1, micro_batches: int = 1) -> DataLoader[Any]:
+    """This rank's part of batches that all ranks together see as one process does.
+
+    Args:
+        pipeline_ranks: Ranks that share a part.
+        micro_batches: Of one batch.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1")) // pipeline_ranks
+    rank = int(os.environ.get("RANK", "0")) // pipeline_ranks
     count = STEPS_PER_EPOCH * ACCUMULATE * GLOBAL_MICRO
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(WORDS, (count, 4), generator=generator)
     following = torch.randint(WORDS, (count,), generator=generator)
     own = torch.arange(count).view(-1, world, GLOBAL_MICRO // world)[:, rank].flatten()
-    return DataLoader(TensorDataset(words[own], following[own]), GLOBAL_MICRO // world)
+    size = micro_batches * GLOBAL_MICRO // world
+    return DataLoader(TensorDataset(words[own], following[own]), size)

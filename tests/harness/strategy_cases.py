@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -21,7 +22,7 @@ from harness._distributed import run_distributed
 from harness._fits import fit
 from harness.deepspeed_parts import deepspeed
 from harness.mixed_module import ACCUMULATE, Mixed, batches
-from lightning_ext.strategies import FSDP2Strategy, ZeroPPStrategy
+from lightning_ext.strategies import FSDP2Strategy, PipelineStrategy, ZeroPPStrategy
 from lightning_ext.strategies._deepspeed._weights import whole_weights
 
 Weights = dict[str, Tensor]
@@ -64,6 +65,13 @@ def _gradients_of_deepspeed(module: nn.Module) -> Weights:
     return {n: safe_get_full_grad(p).clone() for n, p in trained.items()}
 
 
+def _of_all_ranks(own: Weights) -> Weights:
+    """What is here, and beside it what is on other ranks of a pipeline alone."""
+    found: list[Weights] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, own)
+    return {n: x for one in (*found, own) for n, x in one.items()}
+
+
 class Case(NamedTuple):
     """A strategy, and how close to one process it comes.
 
@@ -77,6 +85,8 @@ class Case(NamedTuple):
         by_value: Whether gradients clipped by value are compared; DeepSpeed clips by norm alone.
         weights: Whole parameters by name.
         first_gradients: Whole gradients by name, before the optimizer steps.
+        replicas: Data-parallel ranks of so many.
+        micro_batches: Into how many the strategy cuts a batch.
     """
 
     make: Callable[[int], Strategy | str]
@@ -88,6 +98,8 @@ class Case(NamedTuple):
     by_value: bool = True
     weights: Callable[[nn.Module], Weights] = _weights
     first_gradients: Callable[[nn.Module], Weights] = _gradients
+    replicas: Callable[[int], int] = int
+    micro_batches: int = 1
 
     def module(self, optimizer: str = "sgd") -> Mixed:
         """What is trained."""
@@ -108,6 +120,19 @@ class Case(NamedTuple):
 
 def _exact_zeropp(world: int) -> Strategy:
     return ZeroPPStrategy(quantize_weights=False, quantize_gradients=False, ranks_per_node=2)
+
+
+def _pipeline(replicas: Callable[[int], int] = lambda world: 1, **options: Any) -> Case:
+    """Batches of two micro-batches, for all that is trained with two batches in a step."""
+    return Case(
+        lambda world: PipelineStrategy(
+            num_microbatches=2, data_parallel_size=replicas(world), **options
+        ),
+        weights=lambda module: _of_all_ranks(_weights(module)),
+        first_gradients=lambda module: _of_all_ranks(_gradients(module)),
+        replicas=replicas,
+        micro_batches=2,
+    )
 
 
 # A name up to its comma is that of the class.
@@ -131,6 +156,12 @@ CASES = {
         by_value=False,
         weights=_weights_of_deepspeed,
         first_gradients=_gradients_of_deepspeed,
+    ),
+    "PipelineStrategy": _pipeline(stages_per_rank="layers"),
+    "PipelineStrategy, gpipe": _pipeline(schedule="gpipe"),
+    "PipelineStrategy, fsdp2": _pipeline(lambda world: 2, stages_per_rank="layers"),
+    "PipelineStrategy, ddp": _pipeline(
+        lambda world: 2, schedule="1f1b", data_parallel="ddp", split="params"
     ),
 }
 
@@ -170,8 +201,9 @@ def trained(case: Case, module: LightningModule, steps: int, **kwargs: Any) -> R
     """What a fit by a case's strategy on all ranks came to."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     record = Record(case)
+    ranks = world // case.replicas(world)
     options = {
-        "accumulate_grad_batches": ACCUMULATE,
+        "accumulate_grad_batches": ACCUMULATE // case.micro_batches,
         "use_distributed_sampler": False,
         "strategy": case.make(world),
         "devices": world,
@@ -179,7 +211,8 @@ def trained(case: Case, module: LightningModule, steps: int, **kwargs: Any) -> R
         "max_epochs": -1,
     }
     callbacks = [record, *kwargs.pop("callbacks", ())]
-    fit(callbacks, module=module, train=batches(), **(options | kwargs))
+    train = batches(ranks, case.micro_batches)
+    fit(callbacks, module=module, train=train, **(options | kwargs))
     return record
 
 
@@ -214,7 +247,7 @@ class Facts(NamedTuple):
 def alone(name: str) -> Facts:
     """What one process came to with the module and dtype of a case."""
     case = CASES[name]._replace(make=lambda world: "auto", weights=_weights)
-    case = case._replace(first_gradients=_gradients)
+    case = case._replace(first_gradients=_gradients, replicas=int, micro_batches=1)
     return Facts(*_norms(case), *_more(case), {}, {}, {})
 
 
@@ -246,7 +279,8 @@ def _more(case: Case) -> tuple[Weights, dict[str, Weights]]:
 
 def _through_files(case: Case, folder: Path) -> tuple[Weights, Weights, Weights]:
     save = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
-    options: dict[str, Any] = {"limit_train_batches": 2 * ACCUMULATE, **NORM}
+    batches_of_step = ACCUMULATE // case.micro_batches
+    options: dict[str, Any] = {"limit_train_batches": 2 * batches_of_step, **NORM}
     export = Export(case, folder / "whole.ckpt")
     options |= {"callbacks": [save, export], "enable_checkpointing": True}
     straight = trained(case, case.module("adamw"), 4, **options)

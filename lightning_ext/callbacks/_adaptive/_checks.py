@@ -75,8 +75,9 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, batch: RunningBatch)
             raise MisconfigurationException(
                 f"{other.__name__} and AdaptiveBatchSize cannot share a fit. Hint: {hint}."
             )
-    view(trainer)  # raises for a strategy that is not supported
-    controller = batch.controller
+    seen, controller = view(trainer), batch.controller  # raises for one that is not supported
+    if seen.cuts_batches:  # stages pass on micro-batches of one shape
+        controller.max_micro_batch = None
     _check_fields(controller.rule)
     _check_unit(batch)
     if controller.max_micro_batch is not None:
@@ -232,7 +233,10 @@ def the_curvature(trainer: Trainer, batch: RunningBatch) -> Curvature | None:
 
 
 def _check_parts(trainer: Trainer, source: GradientNoiseScale, batch: RunningBatch) -> None:
-    ranks, passes = view(trainer).data_parallel_size, trainer.accumulate_grad_batches
+    seen, passes = view(trainer), trainer.accumulate_grad_batches
+    ranks = seen.data_parallel_size
+    if seen.cuts_batches:
+        return  # the source looks itself, when batches are known
     if source.settings.source == "micro_batches" and ranks * passes < 2:
         asks = batch.controller.rule if batch.controller.rule.needs else batch.rates.rule
         raise MisconfigurationException(

@@ -54,6 +54,7 @@ class BatchController:
     monotone: bool = True
     start: BatchSplit = field(default_factory=lambda: BatchSplit(1, 1))
     data_parallel_size: int = 1
+    unit: int = 1
     memory: MemoryCeiling = field(default_factory=lambda: MemoryCeiling(recover=False))
     warned: bool = False
 
@@ -83,13 +84,13 @@ class BatchController:
         """Lets the micro-batch grow as far as memory allows, where no limit was set."""
         self.max_micro_batch = self.max_micro_batch or self.max_global_batch
 
-    def bind(self, start: BatchSplit, data_parallel_size: int) -> None:
+    def bind(self, start: BatchSplit, data_parallel_size: int, unit: int = 1) -> None:
         """Fixes the sizes that training starts with, the smallest accumulation among them.
 
         Raises:
             MisconfigurationException: A limit is below them.
         """
-        self.start, self.data_parallel_size = start, data_parallel_size
+        self.start, self.data_parallel_size, self.unit = start, data_parallel_size, unit
         begins = self.global_batch(start)
         if self.estimated and begins > self.max_global_batch:
             raise MisconfigurationException(
@@ -187,6 +188,7 @@ class BatchController:
         if self.estimated:
             return self._multiple(global_batch, self.start.accumulate) or self._least()
         units = {1 if self.max_micro_batch is None else self.start.accumulate, 1}
+        units = {math.lcm(one, self.unit) for one in units}
         found = [self._multiple(global_batch, unit) for unit in sorted(units, reverse=True)]
         made = [split for split in found if split]
         return max(made, key=self.global_batch, default=self._least())

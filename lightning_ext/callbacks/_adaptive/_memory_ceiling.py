@@ -34,7 +34,7 @@ class MemoryCeiling:
             on_rerun: Called with a batch and its index before it is run again.
         """
         self._finder = finder_of(trainer)
-        if self.recover:
+        if self.recover and not _lightning.view(trainer).cuts_batches:
             self._recovery = _lightning.recover_from_oom(
                 trainer, on_split=self._note, on_rerun=on_rerun, ceiling=self.samples
             )

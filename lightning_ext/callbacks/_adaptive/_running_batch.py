@@ -49,6 +49,7 @@ class RunningBatch:
         self._given_reference = reference_batch
         self._sampler: AdaptiveBatchSampler | None = None
         self._warned = False
+        self._accumulate_grad_batches = 1  # of the Trainer, before any change
         self.reset()
 
     def reset(self) -> None:
@@ -58,9 +59,8 @@ class RunningBatch:
         self.last_decision: Decision | None = None
         self.position: dict[str, Any] | None = None  # in the data, as last known
         self._in_force: BatchSplit | None = None
-        self.progress.reset()
-        self.rates.reset()
-        self.observer.reset()
+        for each in (self.progress, self.rates, self.observer):
+            each.reset()
         self.controller.memory.samples = None
 
     @property
@@ -99,14 +99,15 @@ class RunningBatch:
         self, trainer: Trainer, sampler: AdaptiveBatchSampler, *, rescale_last_window: bool
     ) -> None:
         """Learns the sizes that the user set, and asks the sampler for those to begin with."""
-        start = BatchSplit(sampler.batch_size, trainer.accumulate_grad_batches)
-        self.controller.bind(start, _lightning.view(trainer).data_parallel_size)
-        if self.reference_batch is None:
-            self.reference_batch = self.controller.global_batch(start)
+        seen = _lightning.view(trainer)
+        sampler.user_sizes = sampler.batch_size, trainer.accumulate_grad_batches
+        start = BatchSplit(*seen.split_of(*sampler.user_sizes))
+        self.controller.bind(start, seen.data_parallel_size, seen.accumulate_unit)
+        self.reference_batch = self.reference_batch or self.controller.global_batch(start)
         sampler.reference_batch = self.reference_batch
         sampler.rescale_last_window = rescale_last_window
-        sampler.user_sizes = start
-        sampler.resize(*self._first_sizes(trainer, sampler, start))
+        self._accumulate_grad_batches = trainer.accumulate_grad_batches
+        sampler.resize(*seen.loader_sizes(*self._first_sizes(trainer, sampler, start)))
 
     def begin(self, trainer: Trainer, on_rerun: Callable[[Any, int], None]) -> None:
         """Sets accumulation and hyper-parameters before the first batch.
@@ -117,7 +118,7 @@ class RunningBatch:
         """
         self._sampler = _lightning.live_sampler(trainer)
         if self._in_force is None or not trainer.fit_loop.is_resuming:
-            self._in_force = BatchSplit(*self.sampler.plan.segment(0)[1:])
+            self._in_force = self._split(trainer, 0)
             self.sampler.set_epoch(trainer.current_epoch)
         _lightning.view(trainer).set_accumulate(self._in_force.accumulate)
         self._warn_of_short_epochs()
@@ -146,10 +147,6 @@ class RunningBatch:
         """What a step of so many samples counts for schedules and the end of the run."""
         return self.progress.worth(samples, kappa=self.kappa, gain=self.rates.gain)
 
-    def add_loss(self, outputs: Any, samples: int) -> None:
-        """Notes the loss of one batch, where the rule reads it."""
-        self.observer.add_loss(outputs, samples, self.in_force.accumulate)
-
     def end_step(self, trainer: Trainer, window_samples: int) -> None:
         """Counts an optimizer step that took so many samples."""
         self.progress.add(window_samples, self.worth(window_samples))
@@ -164,10 +161,10 @@ class RunningBatch:
     def decide(self, trainer: Trainer, source: GradientNoiseScale | None) -> None:
         """Asks the rule, and has every rank ask for the same sizes once the last are in force."""
         self.rates.measure(source)
-        if self.sampler.batch_size > self.controller.largest_micro_batch:
+        if self._split(trainer).micro_batch > self.controller.largest_micro_batch:
             split = self.controller.split(self.global_batch)
             self._ask_for(trainer, split, self.global_batch, "out of memory")
-        if not (self._may_change() or self.controller.damps_lr):
+        if not (self._may_change(trainer) or self.controller.damps_lr):
             return
         observation = self._observe(trainer, self.global_batch, source)
         decision = observation and self.controller.decide(observation)
@@ -177,16 +174,22 @@ class RunningBatch:
         if self.controller.damps_lr:
             largest = self.controller.reachable(self.sampler.plan.num_samples)
             self.rates.damp(largest / decision.proposal.target_batch)
-        if self._may_change():
+        if self._may_change(trainer):
             (target,) = _lightning.view(trainer).largest(decision.global_batch)
             target = self.sampler.plan.largest_step(target)
             split = self.controller.split(target)
             self._ask_for(trainer, split, target, decision.proposal.reason)
 
-    def _may_change(self) -> bool:
-        asked = BatchSplit(self.sampler.batch_size, self.sampler.accumulate)
+    def _split(self, trainer: Trainer, batch: int | None = None) -> BatchSplit:
+        """Sizes of a batch of the epoch, or those last asked for."""
+        asked = self.sampler.batch_size, self.sampler.accumulate
+        sizes = asked if batch is None else self.sampler.plan.segment(batch)[1:]
+        return BatchSplit(*_lightning.view(trainer).split_of(*sizes))
+
+    def _may_change(self, trainer: Trainer) -> bool:
         since = self.progress.samples_seen - self.last_change
-        return asked == self._in_force and not self.controller.dwells(self.global_batch, since)
+        dwells = self.controller.dwells(self.global_batch, since)
+        return self._split(trainer) == self._in_force and not dwells
 
     def _ask_for(
         self, trainer: Trainer, wanted: BatchSplit, global_batch: int, reason: str
@@ -198,8 +201,7 @@ class RunningBatch:
         split = self.controller.memory.fits(trainer, wanted, again)
         if split == self._in_force:
             return
-        view = _lightning.view(trainer)
-        start = view.set_micro_batch(split.micro_batch, accumulate=split.accumulate)
+        start = _lightning.view(trainer).set_micro_batch(split[0], accumulate=split.accumulate)
         if start is None and not self.controller.estimated:  # what is estimated may wait
             warn_of_waiting(self.global_batch, self.in_force.accumulate, split.accumulate)
         rank_zero_only(_log.info)(
@@ -212,7 +214,7 @@ class RunningBatch:
         """Changes accumulation and hyper-parameters where the next batch has new sizes."""
         if next_batch >= _lightning.epoch_end(trainer):
             return
-        split = BatchSplit(*self.sampler.plan.segment(next_batch)[1:])
+        split = self._split(trainer, next_batch)
         if split == self._in_force:
             return
         if split.micro_batch != self.in_force.micro_batch:
@@ -236,12 +238,11 @@ class RunningBatch:
         self.controller.memory.end()
         _lightning.uninstall_sampler(trainer)
         if self.rates.release():
-            trainer.accumulate_grad_batches = self.controller.start.accumulate
+            trainer.accumulate_grad_batches = self._accumulate_grad_batches
 
     def end(self) -> None:
         """Notes the position for what may be saved later."""
-        if self._sampler is not None:
-            self.position = self._sampler.state_dict()
+        self.position = self._sampler.state_dict() if self._sampler else self.position
         self._sampler = None
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,6 +25,8 @@ class ParameterGroups:
         per_group: Take each of its groups as a subset, ``group_0`` and so on.
         modules: Take the parameters of each of these as a subset, ``module_<name>``. A parameter
             counts with the first module that holds it.
+        every_cell: Have a cell for each kind of parameter that there could be, so that ranks which
+            hold other parameters have the same cells.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class ParameterGroups:
         *,
         per_group: bool = False,
         modules: Mapping[str, nn.Module] | None = None,
+        every_cell: bool = False,
     ) -> None:
         groups: list[list[Parameter]] = [group["params"] for group in optimizer.param_groups]
         self.parameters = [parameter for group in groups for parameter in group]
@@ -42,7 +46,12 @@ class ParameterGroups:
             ((f"group_{index}",) if per_group else ()) + owners.get(id(parameter), ())
             for index, parameter in zip(self.groups, self.parameters, strict=True)
         ]
-        kinds = list(dict.fromkeys(memberships)) or [()]
+        if every_cell:
+            owned: list[tuple[str, ...]] = [(), *((f"module_{name}",) for name in modules or {})]
+            grouped: list[tuple[str, ...]] = [(name,) for name in names] or [()]
+            kinds = [group + owner for group, owner in product(grouped, owned)]
+        else:
+            kinds = list(dict.fromkeys(memberships)) or [()]
         self.count = len(kinds)
         self.cells = [kinds.index(kind) for kind in memberships]
         names += [f"module_{name}" for name in modules or {}]

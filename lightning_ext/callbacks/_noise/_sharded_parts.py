@@ -77,6 +77,9 @@ class ShardedParts(GradientParts):
         members = [*self.parameters.cells, self.parameters.count - 1]
         return self._seen.sq_norms([*gradients, None], members)
 
+    def _was_seen(self, index: int) -> bool:
+        return self._watch is not None and self._watch.fired(index)
+
     def _check(self, seen: View) -> None:
         """Compares the ranks: which gradients were seen, and those that FSDP2 does not reduce."""
         if self._watch is None:
@@ -84,7 +87,7 @@ class ShardedParts(GradientParts):
         parameters = self.parameters.parameters
         apart = [p for p in parameters if p.requires_grad and not seen.reduces(p)]
         sums = seen.sq_norms([*(p.grad for p in apart), None], [*range(len(apart)), 0])
-        fired = [float(self._watch.fired(index)) for index in range(len(parameters))]
+        fired = [float(self._was_seen(index)) for index in range(len(parameters))]
         # Every rank needs the same to decide the same.
         device = seen.trainer.strategy.root_device
         row = torch.tensor(fired, dtype=torch.float64, device=device)

@@ -10,7 +10,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lightning_ext._lightning import View, gradient_scale, reshard, step_gradient_scale, view
+from lightning_ext._lightning import (
+    PipelineView,
+    View,
+    gradient_scale,
+    reshard,
+    step_gradient_scale,
+    view,
+)
 from lightning_ext.callbacks._noise._choice import Choice, choose, stays, warn_of_few_parts
 from lightning_ext.callbacks._noise._consecutive_parts import ConsecutiveParts, PreviousStep
 from lightning_ext.callbacks._noise._geometry import GeometryParts
@@ -19,6 +26,7 @@ from lightning_ext.callbacks._noise._measurement import Measurement, Parts
 from lightning_ext.callbacks._noise._norm_factor import NormFactor
 from lightning_ext.callbacks._noise._norm_layer_parts import NormLayerParts, NormSource
 from lightning_ext.callbacks._noise._parameter_groups import ParameterGroups, submodules
+from lightning_ext.callbacks._noise._pipeline_parts import PipelineParts
 from lightning_ext.callbacks._noise._sample_gradients import SampleGradients, refuse_batch_norm
 from lightning_ext.callbacks._noise._sample_parts import SampleParts
 from lightning_ext.callbacks._noise._settings import NoiseSettings
@@ -104,6 +112,13 @@ class Windows:
         self._trainer, self._module = trainer, module
         self._settings, self._lasting = settings, lasting
         self._modules = submodules(module, settings.per_module)
+        self._is_cut = view(trainer).cuts_batches
+        if self._is_cut and settings.per_module is True:
+            raise MisconfigurationException(
+                "per_module=True takes the first submodules that have parameters, which differ over"
+                " the ranks of a pipeline. Allowed are names, and False. Hint: the names, as in"
+                " named_modules()."
+            )
         self.subsets: list[str] = []
         self._samples: SampleGradients | None = None
         self._norms: NormSource | None = None
@@ -178,6 +193,8 @@ class Windows:
         parameters, seen = self._parameters(), view(self._trainer)
         if self.choice.source == "per_sample":
             return self._sample_parts(parameters, tests)
+        if isinstance(seen, PipelineView):
+            return PipelineParts(parameters, seen)
         if seen.splits_gradients:
             return ShardedParts(parameters, seen)
         geometry = self._geometry_parts(parameters, seen)
@@ -190,6 +207,7 @@ class Windows:
             self._trainer.optimizers[0],
             per_group=self._settings.per_group,
             modules=self._modules,
+            every_cell=self._is_cut,
         )
         self.subsets = list(found.subsets)
         return found

@@ -45,7 +45,8 @@ def decayed_vectors(run: RecipeRun) -> list[Advice]:
 
 def uneven_loss(run: RecipeRun) -> list[Advice]:
     """A last batch or a last window whose samples weigh more or less than others."""
-    samples, per_batch = run.samples_per_epoch, run.global_batch // run.sizes.accumulate
+    accumulate = run.trainer.accumulate_grad_batches
+    samples, per_batch = run.samples_per_epoch, run.global_batch // accumulate
     if samples is None or (run.adaptive is not None and run.adaptive.rescale_last_window):
         return []
     found = []
@@ -55,7 +56,6 @@ def uneven_loss(run: RecipeRun) -> list[Advice]:
             f"the last batch of an epoch has {last} of {per_batch} samples, each of which weighs"
             f" {per_batch / last:.3g} times as much as any other"
         )
-    accumulate = run.sizes.accumulate
     rest = 0 if math.isinf(batches) else batches % accumulate
     if rest:
         found.append(

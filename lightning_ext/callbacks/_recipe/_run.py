@@ -168,7 +168,7 @@ def sizes_of(trainer: Trainer, batch: Any, batch_idx: int) -> Sizes | None:
         batch_idx: Its index in the epoch.
     """
     view, sampler = _lightning.view(trainer), _lightning.live_sampler(trainer)
-    accumulate = view.accumulate
+    accumulate = trainer.accumulate_grad_batches
     if sampler is not None:
         _, micro_batch, planned = sampler.plan.segment(batch_idx)
         accumulate = planned if sampler.tracked else accumulate
@@ -180,7 +180,7 @@ def sizes_of(trainer: Trainer, batch: Any, batch_idx: int) -> Sizes | None:
             micro_batch = stated or _lightning.batch_share(trainer, batch, batch_idx).local
         except MisconfigurationException:  # a batch without a tensor
             return None
-    return Sizes(micro_batch, accumulate, view.data_parallel_size)
+    return Sizes(*view.split_of(micro_batch, accumulate), view.data_parallel_size)
 
 
 def the_loader(trainer: Trainer) -> DataLoader[Any] | None:

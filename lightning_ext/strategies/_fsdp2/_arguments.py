@@ -15,7 +15,7 @@ from lightning_ext.strategies._nodes import check_ranks
 T = TypeVar("T")
 
 
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
     """What an argument may be: a test, the same in words, and a hint."""
 
     is_met: Callable[[Any], bool]
@@ -36,29 +36,29 @@ def _is_class(value: object) -> bool:
 
 
 _RULES = {
-    "wrap": _Rule(
+    "wrap": Rule(
         _is_wrap,
         "'transformer_layers', the name of a class, classes of modules, a policy of"
         " torch.distributed.fsdp.wrap, a function of a module, None",
         "one class by its name, several as classes.",
     ),
-    "mp_policy": _Rule(
+    "mp_policy": Rule(
         lambda x: x is None or isinstance(x, MixedPrecisionPolicy),
         "a torch.distributed.fsdp.MixedPrecisionPolicy, None",
         "MixedPrecisionPolicy(param_dtype=torch.bfloat16), or Trainer(precision='bf16-mixed').",
     ),
-    "offload_policy": _Rule(
+    "offload_policy": Rule(
         lambda x: x is None or isinstance(x, OffloadPolicy),
         "a torch.distributed.fsdp.OffloadPolicy, None",
         "CPUOffloadPolicy() of torch.distributed.fsdp.",
     ),
-    "timeout": _Rule(
+    "timeout": Rule(
         lambda x: x is None or isinstance(x, timedelta),
         "a datetime.timedelta, None",
         "timedelta(seconds=30).",
     ),
 }
-_SWITCH = _Rule(lambda x: isinstance(x, bool), "True, False", "without quotes in YAML.")
+_SWITCH = Rule(lambda x: isinstance(x, bool), "True, False", "without quotes in YAML.")
 _RANKS: dict[str, dict[str, Any]] = {
     "ranks_per_node": {"least": 1, "others": ("auto",)},
     "reshard_after_forward": {"least": 2, "others": (True, False)},
@@ -79,7 +79,20 @@ def checked(name: str, value: T) -> T:
     if name in _RANKS:
         check_ranks(name, value, **_RANKS[name])
         return value
-    rule = _RULES.get(name, _SWITCH)
+    require(name, value, _RULES.get(name, _SWITCH))
+    return value
+
+
+def require(name: str, value: object, rule: Rule) -> None:
+    """Refuses what a rule does not allow.
+
+    Args:
+        name: Of the argument.
+        value: As the user gave it.
+        rule: Of it.
+
+    Raises:
+        TypeError: With what is allowed.
+    """
     if not rule.is_met(value):
         raise TypeError(f"{name} was {value!r}; allowed is {rule.allowed}. Hint: {rule.hint}")
-    return value

@@ -8,9 +8,10 @@ Differs: from Lightning's ``ModelParallelStrategy``, a checkpoint takes the plac
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,10 @@ from torch.optim import Optimizer
 from lightning_ext._lightning import reshard
 from lightning_ext.strategies._fsdp2._optimizer_states import (
     Layouts,
+    Order,
+    own_order,
     parameter_names,
+    plain_name,
     take_named,
     take_whole,
 )
@@ -40,17 +44,41 @@ from lightning_ext.strategies._fsdp2._optimizer_states import (
 _WEIGHTS = "state_dict"
 
 
-def save_parts(path: Path, checkpoint: dict[str, Any]) -> None:
+class Target(NamedTuple):
+    """What a checkpoint is read into.
+
+    Args:
+        module: Its ``strict_loading`` counts.
+        own: What this rank has of weights and buffers, by name; it is written to.
+        sizes: Of those of all ranks.
+        put: Tells the module what was written.
+        names: Of the parameters of this rank.
+        optimizers: None, for an evaluation.
+        orders: Names by optimizer and group, of all ranks.
+    """
+
+    module: LightningModule
+    own: dict[str, Any]
+    sizes: Mapping[str, torch.Size | None]
+    put: Callable[[dict[str, Any]], object]
+    names: Mapping[Tensor, str]
+    optimizers: Sequence[Optimizer]
+    orders: Sequence[Order]
+
+
+def save_parts(path: Path, checkpoint: dict[str, Any], *, writes_whole: bool | None = None) -> None:
     """Writes a folder to which each rank adds its part; all ranks must call.
 
     Args:
         path: Of the folder, the same on all ranks. What is there is replaced in the end.
         checkpoint: As Lightning dumps it; weights and states are taken out.
+        writes_whole: Whether this rank writes weights and buffers of which it holds all; ``None``:
+            rank 0 does, as into one file.
     """
     unfinished, first = path.with_name(f"{path.name}.part"), dist.get_rank() == 0
+    writes_whole = first if writes_whole is None else writes_whole
     weights = checkpoint.pop(_WEIGHTS).items()
-    # Of what each rank has whole, buffers among it, rank 0's counts, as in one file.
-    parts = {_WEIGHTS: {name: x for name, x in weights if first or isinstance(x, DTensor)}}
+    parts = {_WEIGHTS: {name: x for name, x in weights if writes_whole or isinstance(x, DTensor)}}
     states = checkpoint.pop("optimizer_states", [])
     parts |= {f"optimizer_{number}": one for number, one in enumerate(states)}
     if first:
@@ -92,8 +120,27 @@ def load_checkpoint(
         MisconfigurationException: Its names or shapes are not the module's.
     """
     reshard(module)
+    return read_checkpoint(path, _sharded(module, optimizers), weights_only)
+
+
+def read_checkpoint(path: Path, target: Target, weights_only: bool | None) -> dict[str, Any]:
+    """Reads what this rank has of weights and states; all ranks must call.
+
+    Args:
+        path: A folder to which each rank wrote its part, or one file of whole weights and states.
+        target: Of this rank.
+        weights_only: As in ``torch.load``.
+
+    Returns:
+        What else is in it.
+
+    Raises:
+        ValueError: There is no checkpoint.
+        KeyError: It has no states of optimizers, and they are asked for.
+        MisconfigurationException: Its names or shapes are not the module's.
+    """
     if (path / _METADATA_FILENAME).is_file():
-        _load_parts(path, module, optimizers)
+        _load_parts(path, target)
         rest: dict[str, Any] = torch.load(path / _METADATA_FILENAME, weights_only=weights_only)
         return rest
     if not path.is_file():
@@ -104,44 +151,48 @@ def load_checkpoint(
     found: dict[str, Any] = torch.load(
         path, mmap=True, map_location="cpu", weights_only=weights_only
     )
-    _load_whole(found.pop(_WEIGHTS), module, optimizers, found.get("optimizer_states", ()))
+    _load_whole(found.pop(_WEIGHTS), target, found.get("optimizer_states", ()))
     return found
 
 
-def _load_parts(path: Path, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+def _sharded(module: LightningModule, optimizers: Sequence[Optimizer]) -> Target:
+    own, names = get_model_state_dict(module), parameter_names(module)
+    sizes = {name: getattr(value, "shape", None) for name, value in own.items()}
+    options = StateDictOptions(strict=False)
+    put = partial(set_model_state_dict, module, options=options)
+    orders = [own_order(one, names) for one in optimizers]
+    return Target(module, own, sizes, put, names, optimizers, orders)
+
+
+def _load_parts(path: Path, target: Target) -> None:
     metadata = FileSystemReader(path).read_metadata()
-    _require_states(
-        len({where[0] for where in _places(metadata).values()} - {_WEIGHTS}), optimizers
-    )
+    places, optimizers = _places(metadata).values(), target.optimizers
+    _require_states(len({where[0] for where in places} - {_WEIGHTS}), optimizers)
     flat = {flat: where for flat, where in _places(metadata).items() if where[0] == _WEIGHTS}
-    sizes = {where[1]: _size(metadata, name) for name, where in flat.items()}
-    present = _matching(module, sizes)
-    names = parameter_names(module)
-    for number, optimizer in enumerate(optimizers):
-        saved = _read_state(path, metadata, f"optimizer_{number}", optimizer, names)
-        take_named(optimizer, names, saved)
+    present = _matching(target, {where[1]: _size(metadata, name) for name, where in flat.items()})
+    for number, (optimizer, order) in enumerate(zip(optimizers, target.orders, strict=True)):
+        saved = _read_state(path, metadata, f"optimizer_{number}", optimizer, target.names)
+        take_named(optimizer, target.names, saved, order)
     load({_WEIGHTS: present}, checkpoint_id=path)
-    set_model_state_dict(module, present, options=StateDictOptions(strict=False))
+    target.put(present)
 
 
 def _load_whole(
-    weights: Mapping[str, Any],
-    module: LightningModule,
-    optimizers: Sequence[Optimizer],
-    states: Sequence[dict[str, Any]],
+    weights: Mapping[str, Any], target: Target, states: Sequence[dict[str, Any]]
 ) -> None:
-    _require_states(len(states), optimizers)
+    _require_states(len(states), target.optimizers)
+    weights = {plain_name(name): value for name, value in weights.items()}
     sizes = {name: getattr(value, "shape", None) for name, value in weights.items()}
-    present = _matching(module, sizes)
-    for optimizer, saved in zip(optimizers, states, strict=False):
-        take_whole(optimizer, saved)
+    present = _matching(target, sizes)
+    for optimizer, order, saved in zip(target.optimizers, target.orders, states, strict=False):
+        take_whole(optimizer, target.names, saved, order)
     with torch.no_grad():
         for name, own in present.items():
             if isinstance(own, Tensor):
                 own.copy_(_cut(weights[name], own))
             else:
                 present[name] = weights[name]
-    set_model_state_dict(module, present, options=StateDictOptions(strict=False))
+    target.put(present)
 
 
 def _cut(whole: Tensor, own: Tensor) -> Tensor:
@@ -159,8 +210,9 @@ def _read_state(
     names: Mapping[Tensor, str],
 ) -> dict[str, Any]:
     """The state of one optimizer, by names, each rank its parts."""
-    places = {flat: where[1:] for flat, where in _places(metadata).items() if where[0] == key}
     owners = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
+    every = {flat: where[1:] for flat, where in _places(metadata).items() if where[0] == key}
+    places = {flat: where for flat, where in every.items() if not _is_foreign(where, owners)}
     saved = {
         name: entry
         for name in places
@@ -178,6 +230,11 @@ def _read_state(
     flat |= {name: layouts.empty(*one) for name, one in tensors.items()}
     load(flat, checkpoint_id=path)
     return {"state": {}, **unflatten_state_dict(flat, places)}
+
+
+def _is_foreign(where: tuple[Any, ...], owners: Collection[str]) -> bool:
+    """Whether an entry is of the state of a parameter that is not here."""
+    return where[0] == "state" and len(where) > 1 and where[1] not in owners
 
 
 def _places(metadata: Metadata) -> dict[str, tuple[Any, ...]]:
@@ -200,10 +257,9 @@ def _require_states(count: int, optimizers: Collection[Optimizer]) -> None:
         )
 
 
-def _matching(module: LightningModule, saved: Mapping[str, torch.Size | None]) -> dict[str, Any]:
-    """What of a module's is saved, in the same shape."""
-    own = get_model_state_dict(module)
-    sizes = {name: getattr(value, "shape", None) for name, value in own.items()}
+def _matching(target: Target, saved: Mapping[str, torch.Size | None]) -> dict[str, Any]:
+    """What of this rank's is saved, in the same shape."""
+    module, sizes = target.module, target.sizes
     reshaped = [
         f"{name} {tuple(saved[name] or ())} and not {tuple(sizes[name] or ())}"
         for name in sizes.keys() & saved.keys()
@@ -218,4 +274,4 @@ def _matching(module: LightningModule, saved: Mapping[str, torch.Size | None]) -
             f"The checkpoint is not of this {name}: it {'; '.join(told)}. Hint:"
             " build the module as it was; with strict_loading=False names may differ, not shapes."
         )
-    return {name: value for name, value in own.items() if name in saved}
+    return {name: value for name, value in target.own.items() if name in saved}

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from lightning.pytorch.plugins import Precision
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
 from lightning_ext._lightning import View
+
+
+def clip_over_ranks(plugin: Precision, view: Callable[[], View]) -> None:
+    """Has a precision plugin clip what ranks hold parts of.
+
+    Args:
+        plugin: Lightning's, which would clip by the norm of one rank's part.
+        view: Gives that of the Trainer.
+    """
+    setattr(plugin, "clip_grad_by_norm", partial(_by_norm, plugin, view))  # noqa: B010
+    setattr(plugin, "clip_grad_by_value", partial(_by_value, plugin))  # noqa: B010
+
+
+def _by_norm(plugin: Precision, view: Callable[[], View], optimizer: Any, clip_val: float) -> None:
+    clip_by_global_norm(view(), list(plugin.main_params(optimizer)), clip_val)
+
+
+def _by_value(plugin: Precision, optimizer: Any, clip_val: float) -> None:
+    clip_by_value(list(plugin.main_params(optimizer)), clip_val)
 
 
 def clip_by_global_norm(view: View, parameters: Sequence[Parameter], max_norm: float) -> Tensor:

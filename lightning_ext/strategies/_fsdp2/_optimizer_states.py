@@ -7,7 +7,7 @@ Differs: from ``torch.distributed.checkpoint.state_dict``, nothing is stepped to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 State = dict[str, Any]
+Order = Sequence[Sequence[str]]  # names of parameters by group
 
 
 def parameter_names(module: nn.Module) -> dict[Tensor, str]:
@@ -30,12 +31,28 @@ def parameter_names(module: nn.Module) -> dict[Tensor, str]:
     Args:
         module: A sharded one; compiled and checkpointed parts have the names they had before.
     """
-    names: dict[Tensor, str] = {}
-    for name, parameter in module.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        names[parameter] = name
-    return names
+    return {parameter: plain_name(name) for name, parameter in module.named_parameters()}
+
+
+def plain_name(name: str) -> str:
+    """What a parameter or buffer was called before its module was compiled or checkpointed.
+
+    Args:
+        name: As the module now has it.
+    """
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "").removesuffix(f".{wrapper[:-1]}")
+    return name
+
+
+def own_order(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[list[str]]:
+    """Names of parameters by group.
+
+    Args:
+        optimizer: Of some of them.
+        names: Of all of them.
+    """
+    return [[names[one] for one in group["params"]] for group in optimizer.param_groups]
 
 
 def saved_state(optimizer: Optimizer, module: nn.Module, *, in_parts: bool) -> State:
@@ -86,22 +103,25 @@ def whole_state(optimizer: Optimizer) -> State:
     return {**saved, "state": whole} if own else {}
 
 
-def take_named(optimizer: Optimizer, names: Mapping[Tensor, str], saved: State) -> None:
+def take_named(
+    optimizer: Optimizer, names: Mapping[Tensor, str], saved: State, order: Order
+) -> None:
     """Takes over a state by names, already laid out as this optimizer has it.
 
     Args:
         optimizer: Of a sharded module.
         names: Of its parameters.
-        saved: As :func:`named_state` returns it.
+        saved: As :func:`named_state` returns it, of parameters that are here.
+        order: Of the optimizers of all ranks.
 
     Raises:
         MisconfigurationException: It is of other parameters, or of other groups.
     """
     index = {names[one]: i for i, one in enumerate(_parameters(optimizer))}
-    own = [[names[one] for one in group["params"]] for group in optimizer.param_groups]
+    own = own_order(optimizer, names)
     found = [group["params"] for group in saved["param_groups"]]
-    if [set(one) for one in found] != [set(one) for one in own]:
-        raise MisconfigurationException(_difference(_apart(found, own)))
+    if [set(one) for one in found] != [set(one) for one in order]:
+        raise MisconfigurationException(_difference(_apart(found, order)))
     groups = [  # a setting that is empty is in no distributed checkpoint
         {**present, **group, "params": [index[name] for name in members]}
         for present, group, members in zip(
@@ -112,30 +132,39 @@ def take_named(optimizer: Optimizer, names: Mapping[Tensor, str], saved: State) 
     optimizer.load_state_dict({**saved, "state": states, "param_groups": groups})
 
 
-def take_whole(optimizer: Optimizer, saved: State) -> None:
+def take_whole(
+    optimizer: Optimizer, names: Mapping[Tensor, str], saved: State, order: Order
+) -> None:
     """Takes over what one process has saved, or :func:`whole_state`, each rank its parts.
 
     Args:
         optimizer: Of a sharded module.
+        names: Of its parameters.
         saved: The same on all ranks.
+        order: Of the optimizers of all ranks.
 
     Raises:
         MisconfigurationException: Its groups are of other numbers of parameters.
     """
-    parameters = _parameters(optimizer)
     found = [len(group["params"]) for group in saved["param_groups"]]
-    own = [len(group["params"]) for group in optimizer.param_groups]
+    own = [len(group) for group in order]
     if found != own:
         raise MisconfigurationException(_difference(f"groups of {found} parameters and {own}"))
     ids = [i for group in saved["param_groups"] for i in group["params"]]
-    owners = dict(zip(ids, parameters, strict=True))
-    sizes = [(owners[i], x.shape) for i, one in saved["state"].items() for x in _tensors(one)]
+    ids_of = dict(zip((name for group in order for name in group), ids, strict=True))
+    owners = {ids_of[names[one]]: one for one in _parameters(optimizer)}
+    mine = {i: one for i, one in saved["state"].items() if i in owners}
+    sizes = [(owners[i], x.shape) for i, one in mine.items() for x in _tensors(one)]
     layouts = Layouts(optimizer, sizes)
     states = {
         i: {key: _mapped(value, partial(layouts.cut, owners[i], key)) for key, value in one.items()}
-        for i, one in saved["state"].items()
+        for i, one in mine.items()
     }
-    optimizer.load_state_dict({**saved, "state": states})
+    groups = [
+        {**group, "params": [i for i in group["params"] if i in owners]}
+        for group in saved["param_groups"]
+    ]
+    optimizer.load_state_dict({**saved, "state": states, "param_groups": groups})
 
 
 class Layouts:
@@ -205,7 +234,7 @@ def _make_states(optimizer: Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def _apart(saved: list[list[str]], own: list[list[str]]) -> str:
+def _apart(saved: Order, own: Order) -> str:
     has, wants = {n for one in saved for n in one}, {n for one in own for n in one}
     if has == wants:
         return f"the same parameters in groups of {[*map(len, saved)]} and {[*map(len, own)]}"
