@@ -29,6 +29,12 @@ from lightning_ext.scaling import half_life_to_decay
 
 ACCUMULATE = 2  # the noise scale is measured between the micro-batches of a step
 HALF_LIFE_SAMPLES = 1000
+PIPELINES = (
+    "breadth_first_pipeline",
+    "gpipe",
+    "pipeline_1f1b",
+    "pipeline_interleaved_1f1b",
+)
 COLUMNS = {"steps": ",", "samples": ",", "seconds": ".0f"}
 COLUMNS |= {"validation loss": ".3f", "with EMA": ".3f", "final batch": ""}
 
@@ -36,7 +42,7 @@ COLUMNS |= {"validation loss": ".3f", "with EMA": ".3f", "final batch": ""}
 def train(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], Path]:
     """Returns the row of the table and the file of the curves."""
     seed_everything(args.seed, verbose=False)
-    micro_batch = args.batch // (ACCUMULATE * args.devices)
+    micro_batch = args.batch // (ACCUMULATE * replicas(args))
     data = TextFolder(args.data, micro_batch=micro_batch)
     batch = AdaptiveBatchSize(
         args.rule,
@@ -78,6 +84,11 @@ def train(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any],
     return dict(zip(COLUMNS, row, strict=True)), Path(csv.log_dir) / "metrics.csv"
 
 
+def replicas(args: argparse.Namespace) -> int:
+    """Processes that see different data: those of a pipeline see the same."""
+    return 1 if args.strategy in PIPELINES else args.devices
+
+
 @torch.no_grad()
 def validation_loss(model: GPT, data: TextFolder) -> float:
     """Nats per byte over the validation windows."""
@@ -111,14 +122,14 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help=f"at {REFERENCE_BATCH} windows a step")
     parser.add_argument("--batch", type=int, default=16, help="to begin with; even")
     parser.add_argument("--samples", type=int, default=16_000, help="windows to train on")
-    parser.add_argument("--strategy", default="auto", help="fsdp2, zeropp, ddp, …")
+    parser.add_argument("--strategy", default="auto", help="fsdp2, breadth_first_pipeline, ddp, …")
     parser.add_argument("--devices", type=int, default=1, help="processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="a folder of text, not the standard library")
     parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="folder")
     parser.add_argument("--wandb", choices=("offline", "online", "off"), default="offline")
     args = parser.parse_args()
-    if args.batch < 1 or args.batch % (parts := ACCUMULATE * args.devices):
+    if args.batch < 1 or args.batch % (parts := ACCUMULATE * replicas(args)):
         parser.error(f"--batch {args.batch}: take a multiple of {parts}, two micro-batches a step")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "The '.*dataloader' does not have many workers")
