@@ -72,7 +72,7 @@ def captured(
             step()
         except _Called as found:
             return found.call
-        except Exception as error:
+        except Exception as error:  # raised again, or as the cause of what explains it
             if not _ran_layers(owner, error):
                 raise
             raise MisconfigurationException(
