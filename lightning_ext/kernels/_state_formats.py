@@ -49,7 +49,8 @@ def encode_state(
     check_state_input(x, format, signed, out)
     check_counter(seed, step, stream)
     written = [] if out is None else [out.codes, out.scales]
-    if not takes_codes(fused, [x, *written], op="encode_state"):
+    shares_nothing = not x.numel() and out is not None and out.reduce is not None
+    if shares_nothing or not takes_codes(fused, [x, *written], op="encode_state"):
         return functional.encode_state(
             x, format, signed=signed, seed=seed, step=step, stream=stream, out=out
         )

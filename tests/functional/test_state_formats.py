@@ -63,7 +63,7 @@ def test_a_look_up_and_a_comparison_find_the_nearest_number(bits: int, signed: b
     sizes = torch.logspace(-9, 0, 20_000)
     x = torch.cat([book.middles, *near, sizes, -sizes, torch.tensor([0.0, -0.0, 1.0000001])])
     codes = nearest_codes(x, bits, signed)
-    assert torch.equal(codes, torch.bucketize(x, book.middles, out_int32=True))
+    assert torch.equal(codes, torch.bucketize(x, book.middles).to(torch.uint8))
     apart = (x[:, None] - book.values).abs()
     torch.testing.assert_close(apart.gather(1, codes[:, None].long())[:, 0], apart.amin(1))
 
@@ -85,95 +85,6 @@ def test_a_state_has_the_shape_of_its_tensor(
     assert decode_state(state).shape == shape
     assert decode_state(state).dtype == torch.float32
     assert (decode_state(state) - x).abs().max() < 0.12 * x.abs().max() if x.numel() else True
-
-
-@pytest.mark.parametrize(
-    ("format", "signed", "block", "half_step"),
-    [("int8", True, 256, 0.45 / 64), ("int8", False, 256, 0.45 / 128), ("int4", True, 128, 0.1125)],
-)
-def test_of_its_block_an_entry_is_wrong_by_half_a_step_at_most(
-    format: str, signed: bool, block: int, half_step: float
-) -> None:
-    x = _moment((9, block), signed) * torch.logspace(-20, 20, 9)[:, None]
-    error = (_read(x.view(-1), format, signed).view_as(x) - x).abs()
-    assert (error.amax(1) <= half_step * (1 + 1e-6) * x.abs().amax(1)).all()
-
-
-def test_second_moments_in_four_bits_are_wrong_by_a_sixteenth_of_their_scale_at_most() -> None:
-    v = _moment((40, 50), False)
-    scale = torch.minimum(v.amax(1, keepdim=True), v.amax(0))
-    read = _read(v, "int4", False)
-    assert (read > 0).all()
-    assert ((read - v).abs() <= scale / torch.where(v < scale / 32, 16, 32) * (1 + 1e-6)).all()
-
-
-def test_a_second_moment_in_four_bits_is_never_0_beside_others() -> None:
-    v = torch.zeros(30, 40)
-    v[::7, ::3] = torch.rand(5, 14)
-    v[1:6, 1] = 1e-20
-    read = _read(v, "int4", False)
-    in_both = (v.amax(1, keepdim=True) > 0) & (v.amax(0) > 0)
-    assert (read[in_both] > 0).all()
-    assert (read[~in_both] == 0).all()
-
-
-@pytest.mark.parametrize("dim", [0, 1])
-def test_a_row_or_a_column_of_large_numbers_spoils_no_others(dim: int) -> None:
-    v = torch.rand(64, 96).add_(0.5)
-    v.select(dim, 5).mul_(1e4)
-    wrong = (_read(v, "int4", False) / v - 1).abs()
-    others = torch.arange(v.shape[dim]) != 5
-    assert wrong.index_select(dim, others.nonzero()[:, 0]).max() < 0.1
-    in_blocks = _read(v, "int4", True)  # what scales of rank 1 replace
-    assert (in_blocks == 0).double().mean() > (0.5 if dim else 0.01)
-
-
-def test_without_a_matrix_rows_are_of_128_entries() -> None:
-    v = _moment((300,), False)
-    folded = torch.nn.functional.pad(v, (0, 84)).view(3, 128)
-    assert torch.equal(_read(v, "int4", False), _read(folded, "int4", False).view(-1)[:300])
-    assert encode_state(v, "int4", signed=False).scales.shape == (3 + 128,)
-
-
-def test_the_expansion_is_that_of_the_paper() -> None:
-    x = torch.randn(7, 128, dtype=torch.float64) * torch.logspace(-9, 5, 7)[:, None]
-    size = x.abs()
-    most, least = size.amax(1, keepdim=True), size.amin(1, keepdim=True)
-    centre = (most * least).sqrt()
-    power = (8 * math.log2(448**2 / 2) / (most / least).log2()).floor() / 8
-    scale = (most / centre) ** power / 448
-    expected = (x.sign() * (size / centre) ** power / scale).to(torch.float8_e4m3fn)
-    state = encode_state(x, "fp8")
-    assert torch.equal(state.codes, expected.view(torch.uint8))
-    assert torch.equal(state.scales[:, 1:], power)
-
-
-@pytest.mark.parametrize("octaves", [0.0, 0.5, 3.0, 8.0, 16.0, 17.0, 40.0, 120.0])
-def test_the_expansion_takes_a_group_to_the_range_of_e4m3(octaves: float) -> None:
-    x = torch.logspace(-octaves / 2, octaves / 2, 128, base=2)
-    state = encode_state(x, "fp8")
-    power = state.scales[0, 1].item()
-    assert state.codes[-1] == 0x7E  # 448
-    assert state.codes[0] > 0
-    assert power * octaves <= math.log2(448**2 / 2)
-    assert power == 16 or (power + 1 / 8) * octaves > math.log2(448**2 / 2)
-    octave_of_code = 1 / power if octaves else 0
-    assert ((decode_state(state) / x).log2().abs() <= max(0.33 * octave_of_code, 1e-5)).all()
-
-
-def test_of_a_narrow_group_expansion_leaves_less_error() -> None:
-    x = torch.rand(128) + 0.5
-    plain = (x * (448 / x.max())).to(torch.float8_e4m3fn).float() * (x.max() / 448)
-    assert (_read(x, "fp8") - x).norm() < (plain - x).norm() / 5
-
-
-def test_zeros_do_not_widen_a_group() -> None:
-    x = torch.rand(128) + 0.5
-    sparse = x.clone().index_fill(0, torch.arange(20), 0)
-    sparse[20], x[:20] = 0.5, 0.5
-    x[20] = 0.5
-    assert torch.equal(_read(sparse, "fp8")[20:], _read(x, "fp8")[20:])
-    assert (_read(sparse, "fp8")[:20] == 0).all()
 
 
 @every_kind
@@ -330,7 +241,7 @@ def test_codes_of_another_format_are_refused() -> None:
 def test_a_state_is_made_of_tensors_and_plain_values() -> None:
     state = zero_state((2, 3), "int4")
     assert isinstance(state, QuantizedState)
-    assert [type(x) for x in state] == [Tensor, Tensor, str, tuple, bool]
+    assert [type(x) for x in state] == [Tensor, Tensor, str, tuple, bool, type(None)]
 
 
 @pytest.mark.parametrize(

@@ -155,22 +155,36 @@ def _to_cpu(x: Any) -> Any:
 
 
 @pytest.mark.parametrize("format", ["int8", "int4", "fp8", "bfloat16"])
-def test_the_direction_is_that_of_moments_as_they_are_stored(format: str) -> None:
-    """The two launches of LAMB agree: what a later one reads is what the ratio was made of."""
+def test_the_direction_is_that_of_moments_before_they_are_rounded(format: str) -> None:
+    """The two launches of LAMB agree: the step is along what the ratio was made of."""
     weight, grad, mean, square, step = (column[0] for column in _lists("lamb_update_", [(8, 300)]))
     states = [
         functional.encode_state(x, format, signed=signed)
         for x, signed in ((mean, True), (square, False))
     ]
+    first, second = map(functional.decode_state, states)
     start = weight.clone()
     settings: dict[str, Any] = {"eps": 0.01, "weight_decay": 0.0, "bias_correction": False}
     kernels.lamb_update_(
         [weight], [grad], *([x] for x in states), [step], lr=1.0, fused=True, **settings
     )
-    first, second = map(functional.decode_state, states)
+    first, second = first.lerp(grad, 0.1), second * 0.999 + grad.square() * 0.001
     direction = first / (second.sqrt() + 0.01)
     expected = start - direction * start.norm() / direction.norm()
     torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["lamb_update_", "adamp_update_"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_does_not_know_how_coarsely_its_second_moment_is_kept(op: str, fused: bool) -> None:
+    grad = torch.logspace(-6, 0, 600, device=DEVICE).view(300, 2).t().contiguous()
+    first = functional.zero_state((2, 300), "int8", device=DEVICE)
+    second = functional.zero_state((2, 300), "int8", signed=False, device=DEVICE)
+    weight, step = torch.ones(2, 300, device=DEVICE), torch.ones((), device=DEVICE)
+    settings: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.0, "eps": 1e-12, "fused": fused}
+    getattr(kernels, op)([weight], [grad], [first], [second], [step], **settings)
+    assert functional.decode_state(second)[0, 0] > 1e3 * 1e-3 * grad[0, 0].square()
+    torch.testing.assert_close(weight, torch.full_like(weight, 0.99), rtol=1e-4, atol=0.0)
 
 
 def test_random_rounding_depends_on_seed_step_and_stream() -> None:

@@ -52,6 +52,20 @@ def random_bits(
         >>> [hex(word) for word in random_bits(2, seed=0).tolist()]
         ['0x6627e8d5', '0xe169c58d']
     """
+    words = random_words(count, seed=seed, step=step, stream=stream, offset=offset, device=device)
+    return words.to(torch.int64).bitwise_and_(_WORD)
+
+
+def random_words(
+    count: int,
+    *,
+    seed: int,
+    step: int | Tensor = 0,
+    stream: int = 0,
+    offset: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return what ``random_bits`` returns, as int32 reads it."""
     if count < 0 or not 0 <= offset <= (1 << 66) - count:
         raise ValueError(
             f"count={count} and offset={offset} are not allowed; words lie in [0, 2**66)"
@@ -107,17 +121,17 @@ def philox(counters: Tensor, seed: int, step: int | Tensor, stream: int) -> Tens
         stream: the fourth.
 
     Returns:
-        Shape (4 n,), int64.
+        Shape (4 n,), int32.
     """
     key = (seed & _WORD, seed >> 32)
     if isinstance(step, Tensor):
         step = step.to(counters.device, non_blocking=True).to(torch.int64) & _WORD
-    # Numbers, and a step of no dimension, stay so until they meet the counters, two rounds later.
-    state: tuple[Any, ...] = (counters & _WORD, (counters >> 32) & _WORD, step, stream)
+    third = torch.zeros_like(counters).add_(step)
+    state: tuple[Any, ...] = (counters & _WORD, (counters >> 32) & _WORD, third, stream)
     for _ in range(_ROUNDS):
         state = _round(state, key)
         key = ((key[0] + _KEY_STEPS[0]) & _WORD, (key[1] + _KEY_STEPS[1]) & _WORD)
-    return torch.stack(state, dim=1).flatten()
+    return torch.stack([word.to(torch.int32) for word in state], dim=1).flatten()
 
 
 def _counters(start: int, end: int, device: torch.device) -> Tensor:
@@ -127,11 +141,11 @@ def _counters(start: int, end: int, device: torch.device) -> Tensor:
 
 
 def _round(state: tuple[Any, ...], key: tuple[int, int]) -> tuple[Any, ...]:
-    # A product may wrap around 2⁶³; its bits are right, and the mask takes the sign's copies away.
+    """A round; of the words only those that are multiplied next are free of what is above them."""
     low, high = state[0] * _MULTIPLIERS[0], state[2] * _MULTIPLIERS[1]
-    return (
-        ((high >> 32) & _WORD) ^ state[1] ^ key[0],
-        high & _WORD,
-        ((low >> 32) & _WORD) ^ state[3] ^ key[1],
-        low & _WORD,
-    )
+    return _mixed(high, state[1], key[0]), high, _mixed(low, state[3], key[1]), low
+
+
+def _mixed(product: Tensor, word: Tensor | int, key: int) -> Tensor:
+    # A product may wrap around 2⁶³; its bits are right, and the mask takes the sign's copies away.
+    return (product >> 32).bitwise_xor_(word).bitwise_xor_(key).bitwise_and_(_WORD)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ext.functional._plain import check_plain
-from lightning_ext.functional._quantization._random_bits import check_counter, random_bits, tile_of
+from lightning_ext.functional._quantization._random_bits import check_counter, random_words, tile_of
 
 _MAGNITUDE = 0x7FFFFFFF
 _INFINITY = 0x7F800000
@@ -60,7 +60,7 @@ def round_stochastic(
     tile = tile_of(len(flat), _TILE, x.device)
     parts = []
     for start, part in zip(range(0, max(len(flat), 1), tile), flat.split(tile), strict=True):
-        words = random_bits(
+        words = random_words(
             len(part), seed=seed, step=step, stream=stream, offset=start, device=x.device
         )
         parts.append(_rounded(part, words))
@@ -71,10 +71,12 @@ def _rounded(x: Tensor, words: Tensor) -> Tensor:
     """Bits of bfloat16, int16."""
     bits = x.view(torch.int32)
     magnitude = bits & _MAGNITUDE
-    noise = torch.where(magnitude < _LARGEST, words.to(torch.int32) & 0xFFFF, 0)
+    # A number less what it lies below is negative, and its sign makes a mask of all bits.
+    below = (magnitude - _LARGEST).bitwise_right_shift_(31)
+    noise = below.bitwise_and_(words).bitwise_and_(0xFFFF)
     # Without its low bits a nan could read as an infinity.
-    bits = torch.where(magnitude > _INFINITY, bits | _QUIET, bits)
-    return ((bits + noise) >> 16).to(torch.int16)
+    quiet = (_INFINITY - magnitude).bitwise_right_shift_(31).bitwise_and_(_QUIET)
+    return quiet.bitwise_or_(bits).add_(noise).bitwise_right_shift_(16).to(torch.int16)
 
 
 def check_rounded(x: Tensor, dtype: torch.dtype) -> None:

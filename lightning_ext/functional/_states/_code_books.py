@@ -61,23 +61,26 @@ class CodeBook(NamedTuple):
         values: what the codes stand for, ascending; shape (n,), float32.
         middles: halfway from each to the next; shape (n − 1,), float32.
         firsts: for the upper 16 bits of a float32, the code of the least number that begins with
-            them, at most n − 2; shape (65536,), int32. A number has this code or the next one.
+            them, at most n − 2; shape (65536,), uint8. A number has this code or the next one.
+        bounds: for the same bits, the middle of these two; shape (65536,), float32.
     """
 
     values: Tensor
     middles: Tensor
     firsts: Tensor
+    bounds: Tensor
 
 
 def nearest_codes(x: Tensor, bits: int, signed: bool) -> Tensor:
-    """Return the codes of the nearest numbers of a dynamic map, int32; ties to the lower code."""
+    """Return the codes of the nearest numbers of a dynamic map, uint8; ties to the lower code."""
     if torch.compiler.is_compiling() or x.dtype != torch.float32:
         middles = torch.tensor(MIDDLES[bits, signed], dtype=x.dtype, device=x.device)
-        return torch.bucketize(x, middles, out_int32=True)
+        return torch.bucketize(x, middles, out_int32=True).to(torch.uint8)
     book = code_book(bits, signed, x.device)
     flat = x.reshape(-1)
-    first = book.firsts.index_select(0, (flat.view(torch.int32) >> 16) & 0xFFFF)
-    return first.add_(flat > book.middles.index_select(0, first)).view(x.shape)
+    place = (flat.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+    above = flat > book.bounds.index_select(0, place)
+    return book.firsts.index_select(0, place).add_(above.view(torch.uint8)).view(x.shape)
 
 
 def numbers_of(codes: Tensor, bits: int, signed: bool, dtype: torch.dtype) -> Tensor:
@@ -89,7 +92,7 @@ def numbers_of(codes: Tensor, bits: int, signed: bool, dtype: torch.dtype) -> Te
     return values.index_select(0, codes.reshape(-1).int())
 
 
-def _once(make: Callable[..., T]) -> Callable[..., T]:
+def once(make: Callable[..., T]) -> Callable[..., T]:
     """Keep what a function returns, but not under a dispatch mode, such as that of fake tensors."""
     known = cache(make)
 
@@ -100,17 +103,18 @@ def _once(make: Callable[..., T]) -> Callable[..., T]:
     return find
 
 
-@_once
+@once
 def code_book(bits: int, signed: bool, device: torch.device) -> CodeBook:
     """Return the dynamic map on a device; made once."""
     values, middles = torch.tensor(MAPS[bits, signed]), torch.tensor(MIDDLES[bits, signed])
     pattern = torch.arange(1 << 16, dtype=torch.int32) << 16
     least = torch.where(pattern < 0, pattern | 0xFFFF, pattern).view(torch.float32)
-    firsts = torch.bucketize(least, middles, out_int32=True).clamp_max(len(middles) - 1)
-    return CodeBook(*(x.to(device) for x in (values, middles, firsts)))
+    firsts = torch.bucketize(least, middles).clamp_max(len(middles) - 1)
+    book = values, middles, firsts.to(torch.uint8), middles[firsts]
+    return CodeBook(*(x.to(device) for x in book))
 
 
-@_once
+@once
 def e4m3_logarithm_table(device: torch.device) -> Tensor:
     """Return ``E4M3_LOGARITHMS`` on a device, float32; made once."""
     return torch.tensor(E4M3_LOGARITHMS, device=device)

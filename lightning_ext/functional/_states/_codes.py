@@ -15,9 +15,9 @@ from torch import Tensor
 from lightning_ext.functional._states._code_books import (
     E4M3_LOGARITHMS,
     E4M3_MAX,
-    e4m3_logarithm_table,
     nearest_codes,
     numbers_of,
+    once,
 )
 
 SMALLEST = 2.0**-126  # a scale; below it 1/scale may be infinite, and 0 is taken
@@ -27,6 +27,7 @@ RANGE = math.log2(E4M3_MAX**2 / 2)  # to which the range of a group is stretched
 TOP = E4M3_MAX * (1 + 2.0**-17)
 POWER_STEP = 1 / 8
 POWER_MAX = 16.0
+_POWERS = round(POWER_MAX / POWER_STEP) + 1
 _TILE = 1 << 16  # entries whose intermediate results stay in a core's cache
 
 
@@ -42,7 +43,8 @@ def spans(rows: int, width: int) -> Iterator[slice]:
 def as_rows(flat: Tensor, width: int) -> Tensor:
     """Return shape (⌈n/width⌉, width), the last row filled up with zeros."""
     missing = -flat.numel() % width
-    return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, width)
+    padded = torch.nn.functional.pad(flat, (0, missing)) if missing else flat
+    return padded.view(padded.numel() // width, width)
 
 
 def largest(x: Tensor, dim: int) -> Tensor:
@@ -53,9 +55,14 @@ def largest(x: Tensor, dim: int) -> Tensor:
 
 
 def encode_dynamic(rows: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return codes (int32, the shape of rows) and scales (one a row)."""
+    """Return codes (uint8, the shape of rows) and scales (one a row).
+
+    A second moment above 0 has no code of 0, by whose root a later step would be divided.
+    """
     scales = largest(rows, 1)
-    return nearest_codes(rows * _inverse(scales)[:, None], bits, signed), scales
+    shares = rows * _inverse(scales)[:, None]
+    codes = nearest_codes(shares, bits, signed)
+    return codes if signed else codes.maximum((shares > 0).to(codes.dtype)), scales
 
 
 def decode_dynamic(codes: Tensor, scales: Tensor, bits: int, signed: bool) -> Tensor:
@@ -66,23 +73,44 @@ def decode_dynamic(codes: Tensor, scales: Tensor, bits: int, signed: bool) -> Te
 def encode_expanded(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return E4M3 codes (uint8, the shape of rows) and for each row its maximum and its power."""
     size = rows.abs()
-    most = largest(rows, 1)
-    least = size.masked_fill(size == 0, math.inf).amin(1)
-    power = _power(most, least)
-    stretched = ((size * _inverse(most)[:, None]).log2_() * power[:, None]).exp2_() * TOP
-    codes = torch.copysign(stretched, rows).to(torch.float8_e4m3fn).view(torch.uint8)
+    most = largest(size, 1)
+    power = _power(most, _least(size))
+    shares = size.mul_(_inverse(most)[:, None])
+    stretched = shares.log2_().mul_(power[:, None]).exp2_().mul_(TOP)
+    codes = stretched.copysign_(rows).to(torch.float8_e4m3fn).view(torch.uint8)
     return codes, torch.stack([most, power], dim=1)
 
 
 def decode_expanded(codes: Tensor, scales: Tensor) -> Tensor:
     """Return the numbers of codes, shape (rows, width)."""
+    if _is_looked_up(scales):
+        steps = (scales[:, 1:] / POWER_STEP).nan_to_num_(0.0).clamp_(0, _POWERS - 1)
+        place = codes + steps.int().mul_(256)
+        share = _expanded_shares(scales.device).index_select(0, place.view(-1))
+        return share.view(codes.shape).mul_(scales[:, :1])
+    table = torch.tensor(E4M3_LOGARITHMS, dtype=scales.dtype, device=scales.device)
+    return _expanded(table, codes, scales[:, 1:]) * scales[:, :1]
+
+
+def _is_looked_up(scales: Tensor) -> bool:
+    """Whether there is no gradient by scales, no compiler, and a table in their dtype."""
+    by_scales = scales.requires_grad and torch.is_grad_enabled()
+    return scales.dtype == torch.float32 and not (by_scales or torch.compiler.is_compiling())
+
+
+@once
+def _expanded_shares(device: torch.device) -> Tensor:
+    """What all codes stand for by each multiple of ``POWER_STEP``, nan by 0; flat."""
+    powers = torch.arange(_POWERS, dtype=torch.float32)[:, None] * POWER_STEP
+    powers[0] = math.nan
+    codes = torch.arange(256, dtype=torch.uint8).expand(_POWERS, 256)
+    return _expanded(torch.tensor(E4M3_LOGARITHMS), codes, powers).view(-1).to(device)
+
+
+def _expanded(logarithms: Tensor, codes: Tensor, powers: Tensor) -> Tensor:
+    """Return what codes stand for as shares of their scales."""
     flat = codes.reshape(-1).int()
-    if torch.compiler.is_compiling() or scales.dtype != torch.float32:
-        table = torch.tensor(E4M3_LOGARITHMS, dtype=scales.dtype, device=scales.device)
-    else:
-        table = e4m3_logarithm_table(scales.device)
-    logarithm = table.index_select(0, flat).view(codes.shape)
-    size = (logarithm * (1 / scales[:, 1:])).exp2() * scales[:, :1]
+    size = (logarithms.index_select(0, flat).view(codes.shape) * (1 / powers)).exp2()
     return size * (1 - (flat >> 7) * 2).view(codes.shape)
 
 
@@ -106,7 +134,7 @@ def rank_one_scales(rows: Tensor) -> tuple[Tensor, Tensor]:
     for span in spans(*rows.shape):
         maxima.append(largest(rows[span], 1))
         columns = torch.maximum(columns, largest(rows[span], 0))
-    return torch.cat(maxima), columns
+    return (torch.cat(maxima) if maxima else rows.new_zeros(0)), columns
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -122,6 +150,15 @@ def unpack(packed: Tensor) -> Tensor:
 
 def _inverse(scales: Tensor) -> Tensor:
     return torch.where(scales > 0, 1 / scales, 0.0)
+
+
+def _least(size: Tensor) -> Tensor:
+    """Return the least number above 0 of each row."""
+    kind = torch.int32 if size.dtype == torch.float32 else torch.int64
+    # Less 1, the bits of 0 are those of the largest integer, but for the sign.
+    return (
+        (size.view(kind) - 1).bitwise_and_(torch.iinfo(kind).max).amin(1).add_(1).view(size.dtype)
+    )
 
 
 def _power(most: Tensor, least: Tensor) -> Tensor:

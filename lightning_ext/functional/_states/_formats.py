@@ -4,8 +4,9 @@ Source: Zamirai et al. 2020 (arXiv:2010.06192), "bfloat16" rounded at random; De
     (arXiv:2110.02861), "int8"; Li et al. 2023 ("Memory Efficient Optimizers with 4-bit States",
     arXiv:2309.01507), "int4"; Xi et al. 2025 (COAT, arXiv:2410.19313), "fp8".
 Differs: rank-1 scales are those of the matrix (rows, rest) whatever the number of dimensions, and
-    of rows of 128 entries where there is no matrix. Of COAT's three numbers a group two are kept:
-    its centre cancels out. Zeros, which have a code of their own, do not widen a group's range.
+    of rows of 128 entries where there is one column or none. Of COAT's three numbers a group two
+    are kept: its centre cancels out. Zeros, which have a code of their own, do not widen a group's
+    range.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from lightning_ext.functional._states._quantized_state import (
 )
 from lightning_ext.functional._widen import widen
 
-_BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4}
 
 
 def encode_state(
@@ -62,8 +63,9 @@ def encode_state(
 
     with the dynamic map of ``_code_books``, and k the largest multiple of 1/8 in [1/8, 16] that
     stretches the group's range, max |x|/min |x| > 0, to no more than 448²/2. Ties go to the lower
-    code, in "fp8" away from 0. A scale below 2⁻¹²⁶ is 0. What shares its scale with a number
-    that is not finite is not finite when read.
+    code, in "fp8" away from 0. A scale below 2⁻¹²⁶ is 0. Without a sign, what is above 0 is never 0
+    in "int8" and "int4": a step is divided by its root. What shares its scale with a number that is
+    not finite is not finite when read.
 
     Args:
         x: real, any shape.
@@ -98,20 +100,20 @@ def encode_state(
         out.codes.copy_(rounded)
     elif format == "float32":
         out.codes.copy_(x)
-    elif x.numel():
+    elif x.numel() or out.reduce is not None:
         _encode(x.contiguous().view(-1), out)
     return out
 
 
-def decode_state(state: QuantizedState) -> Tensor:
-    """Return what a state stands for.
+def decode_state(state: QuantizedState | Tensor) -> Tensor:
+    """Return what a state stands for; a tensor stands for itself.
 
         "int8", "int4" with a sign    s·map_c
         "int4" without                s·(c + 1)/16: never 0 where s is not
         "fp8"                         sign(c)·s·(|E4M3(c)|/448)^(1/k)
 
     Args:
-        state: as ``encode_state`` returns it.
+        state: as ``encode_state`` returns it, or a tensor.
 
     Returns:
         The state's shape, in the dtype of its scales, with a gradient by them; in float32 where it
@@ -121,6 +123,8 @@ def decode_state(state: QuantizedState) -> Tensor:
         TypeError: if codes or scales have another dtype than the format.
         ValueError: if they do not belong to each other.
     """
+    if isinstance(state, Tensor):
+        return state
     check_state(state)
     if state.format in ("float32", "bfloat16"):
         return widen(state.codes)
@@ -174,6 +178,8 @@ def _encode(flat: Tensor, out: QuantizedState) -> None:
     rank_one = out.format == "int4" and not out.signed
     if rank_one:
         maxima = rank_one_scales(whole)
+        if out.reduce is not None:
+            maxima = maxima[0], out.reduce(maxima[1])
         out.scales.copy_(torch.cat(maxima))
     for span in spans(*whole.shape):
         start, stop = span.start * width, min(span.stop * width, count)
@@ -183,7 +189,7 @@ def _encode(flat: Tensor, out: QuantizedState) -> None:
             codes, out.scales[span] = (
                 encode_expanded(whole[span])
                 if out.format == "fp8"
-                else encode_dynamic(whole[span], _BITS[out.format], out.signed)
+                else encode_dynamic(whole[span], BITS[out.format], out.signed)
             )
         _write_codes(out, start, stop, codes.view(-1)[: stop - start])
 
@@ -206,4 +212,4 @@ def _decode(codes: Tensor, state: QuantizedState, span: slice, rows: int) -> Ten
         return decode_expanded(codes, state.scales[span])
     if state.format == "int4" and not state.signed:
         return decode_rank_one(codes, state.scales[:rows][span], state.scales[rows:])
-    return decode_dynamic(codes, state.scales[span], _BITS[state.format], state.signed)
+    return decode_dynamic(codes, state.scales[span], BITS[state.format], state.signed)

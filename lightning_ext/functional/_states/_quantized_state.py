@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,9 @@ class QuantizedState(NamedTuple):
         format: its name.
         shape: of the tensor.
         signed: whether entries may be negative: a first moment, not a second one.
+        reduce: where the tensor is some rows of a matrix, as ranks have them, and "int4" without a
+            sign: takes the maxima of this rank's columns and returns those over all rows. ``None``
+            where all rows are here.
     """
 
     codes: Tensor
@@ -43,6 +46,7 @@ class QuantizedState(NamedTuple):
     format: str
     shape: tuple[int, ...]
     signed: bool
+    reduce: Callable[[Tensor], Tensor] | None = None
 
 
 def zero_state(
@@ -99,6 +103,35 @@ def state_bytes(state: QuantizedState | Tensor) -> int:
     return state.codes.nbytes + state.scales.nbytes
 
 
+def scale_state_(state: QuantizedState | Tensor, factor: float) -> None:
+    """Multiply what a state stands for, in place; codes of few bits stay as they are.
+
+    Args:
+        state: a state, or a tensor.
+        factor: above 0.
+
+    Raises:
+        ValueError: if the factor is not above 0.
+
+    Example:
+        >>> from lightning_ext.functional import decode_state, encode_state
+        >>> state = encode_state(torch.tensor([0.5, 1.0]), "fp8")
+        >>> scale_state_(state, 2.0)
+        >>> decode_state(state)
+        tensor([1.0000, 2.0000])
+    """
+    if not factor > 0:
+        raise ValueError(f"factor={factor} is not allowed; it must be above 0")
+    if isinstance(state, Tensor):
+        state.mul_(factor)
+    elif state.format in ("float32", "bfloat16"):
+        state.codes.mul_(factor)
+    elif state.format == "fp8":
+        state.scales[:, 0].mul_(factor)
+    else:
+        state.scales.mul_(factor)
+
+
 def export_state(state: QuantizedState) -> dict[str, Any]:
     """Return a state in the form that checkpoints keep, one code an entry.
 
@@ -129,11 +162,24 @@ def import_state(saved: dict[str, Any]) -> QuantizedState:
         ValueError: if codes and scales do not belong to each other.
         TypeError: if they have another dtype.
     """
-    codes, scales, format, signed = (saved[k] for k in ("codes", "scales", "format", "signed"))
-    shape = tuple(codes.shape)
-    state = QuantizedState(
-        pack(codes) if format == "int4" else codes, scales, format, shape, signed
-    )
+    return with_codes(*(saved[name] for name in ("codes", "scales", "format", "signed")))
+
+
+def with_codes(codes: Tensor, scales: Tensor, format: str, signed: bool) -> QuantizedState:
+    """Return the state of codes in the tensor's shape, one an entry.
+
+    Args:
+        codes: as ``export_state`` returns them.
+        scales: as the state has them.
+        format: of the state.
+        signed: of the state.
+
+    Raises:
+        ValueError: if codes and scales do not belong to each other.
+        TypeError: if they have another dtype.
+    """
+    packed = pack(codes) if format == "int4" else codes
+    state = QuantizedState(packed, scales, format, tuple(codes.shape), signed)
     check_state(state)
     return state
 
@@ -148,7 +194,8 @@ def state_layout(
         return tuple(shape), (0,)
     if format == "fp8":
         return tuple(shape), (blocks, 2)
-    columns = width if format == "int4" and not signed and count else 0
+    is_matrix = math.prod(shape[1:]) > 1  # which has columns also where a rank has none of its rows
+    columns = width if format == "int4" and not signed and (count or is_matrix) else 0
     codes = (-(-count // 2),) if format == "int4" else tuple(shape)
     return codes, (blocks + columns,)
 
@@ -157,11 +204,37 @@ def state_width(shape: Sequence[int], format: str, signed: bool) -> int:
     """Return how many consecutive entries share a scale: of a block, or of a matrix's row."""
     if format != "int4" or signed:
         return _BLOCKS.get(format, 1)
-    count = math.prod(shape)
-    rest = count // shape[0] if len(shape) > 1 and count else 1
-    if 1 < rest < count:
+    rest = math.prod(shape[1:])
+    if rest > 1:
         return rest
-    return max(min(count, _BLOCKS[format]), 1)
+    return max(min(math.prod(shape), _BLOCKS[format]), 1)
+
+
+def has_parts(state: QuantizedState | Tensor) -> bool:
+    """Return whether entries are written alike whichever others are: no sums, no random bits.
+
+    Args:
+        state: a state, or a tensor.
+    """
+    if isinstance(state, Tensor):
+        return True
+    return state.format != "bfloat16" and (state.format != "int4" or state.signed)
+
+
+def state_part(state: QuantizedState, start: int, size: int) -> QuantizedState:
+    """Return some entries of a state that has parts, in its memory.
+
+    Args:
+        state: contiguous.
+        start: the first of them, a multiple of 256.
+        size: how many at most, a multiple of 256 as well.
+    """
+    width = state_width(state.shape, state.format, state.signed)
+    each = 2 if state.format == "int4" else 1
+    codes = state.codes.view(-1)[start // each : (start + size) // each]
+    scales = state.scales[start // width : (start + size) // width]
+    shape = (min(size, math.prod(state.shape) - start),)
+    return state._replace(codes=codes, scales=scales, shape=shape)
 
 
 def check_state(state: QuantizedState) -> None:

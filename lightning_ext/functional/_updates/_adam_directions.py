@@ -1,8 +1,9 @@
 """The step of Adam before its rate, for updates that do more with it, and what they share.
 
 Source: Kingma and Ba 2015 (arXiv:1412.6980), Algorithm 1.
-Differs: the direction is that of the moments as they are stored, so that it can be made again from
-    them; on a CPU it is taken, several times faster, from torch's fused AdamW.
+Differs: the direction is that of moments in the dtype of their tensors, or before they are rounded
+    to few bits, which may leave little of a second moment; on a CPU it is taken, several times
+    faster, from torch's fused AdamW.
 """
 
 from __future__ import annotations
@@ -102,8 +103,10 @@ def adam_directions_(
     torch._foreach_lerp_(means, grads, 1 - betas[0])
     torch._foreach_mul_(squares, betas[1])
     torch._foreach_addcmul_(squares, grads, grads, 1 - betas[1])
-    means = kept(exp_avgs, means, steps, seed, stream + 1)
-    squares = kept(exp_avg_sqs, squares, steps, seed, stream + 2)
+    means = _rounded_later(exp_avgs, means, kept(exp_avgs, means, steps, seed, stream + 1))
+    squares = _rounded_later(
+        exp_avg_sqs, squares, kept(exp_avg_sqs, squares, steps, seed, stream + 2)
+    )
     if nesterov:
         means = list(torch._foreach_lerp(means, grads, 1 - betas[0]))
     if bias_correction:
@@ -158,6 +161,12 @@ def kept(
             encode_state(value, state.format, signed=state.signed, out=state, **bits)
             found.append(decode_state(state).to(value.dtype))
     return found
+
+
+def _rounded_later(states: States, values: Tensors, stored: Tensors) -> list[Tensor]:
+    """What tensors keep of values, and the values where states have few bits."""
+    rows = zip(states, values, stored, strict=True)
+    return [x if isinstance(state, QuantizedState) else y for state, x, y in rows]
 
 
 def complement(beta: float, step: Tensor | float, like: Tensor) -> Tensor:

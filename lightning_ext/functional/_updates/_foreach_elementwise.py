@@ -88,18 +88,25 @@ def adamw_update_(
     check_betas(betas)
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     lr, chosen, in_torch = check_lists("adamw_update_", lists, steps, Options(**options), lr)
-    shared: dict[str, Any] = {"weight_decay": weight_decay, "maximize": maximize, "eps": eps}
     if is_skipped(chosen):
         return
-    if not in_torch:
-        shared |= {"lr": lr, "betas": betas, "decoupled_weight_decay": decoupled_weight_decay}
-        formula = partial(adamw_update, **shared)
-        update_one_by_one(formula, params, grads, (exp_avgs, exp_avg_sqs), steps, chosen)
+    shared: dict[str, Any] = {"weight_decay": weight_decay, "maximize": maximize, "eps": eps}
+    shared |= {"lr": lr}
+    fused: Any = torch._fused_adamw_ if decoupled_weight_decay else torch._fused_adam_
+    update = partial(fused, **shared, beta1=betas[0], beta2=betas[1], amsgrad=False)
+    if in_torch:
+        for *part, counts in scaled_lists((params, grads, exp_avgs, exp_avg_sqs, steps), chosen):
+            update(*part, [], counts)
         return
-    update: Any = torch._fused_adamw_ if decoupled_weight_decay else torch._fused_adam_
-    shared |= {"lr": float(lr), "beta1": betas[0], "beta2": betas[1], "amsgrad": False}
-    for *part, counts in scaled_lists((params, grads, exp_avgs, exp_avg_sqs, steps), chosen):
-        update(*part, [], counts, **shared)
+
+    def one(*row: Tensor) -> tuple[Tensor, ...]:
+        param, grad, *moments, step = row
+        update([param], [grad], *([x] for x in moments), [], [step])
+        return param, *moments
+
+    shared |= {"betas": betas, "decoupled_weight_decay": decoupled_weight_decay}
+    formula, states = partial(adamw_update, **shared), (exp_avgs, exp_avg_sqs)
+    update_one_by_one(formula, params, grads, states, steps, chosen, in_torch=one)
 
 
 @torch.no_grad()
@@ -145,22 +152,21 @@ def lion_update_(
     lr, chosen, in_torch = check_lists("lion_update_", lists, steps, Options(**options), lr)
     if is_skipped(chosen):
         return
+    shared: dict[str, Any] = {"weight_decay": weight_decay, "maximize": maximize}
+    shared |= {"lr": lr, "betas": betas}
     if in_torch:
-        settings: dict[str, Any] = {
-            "lr": float(lr),
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
         for part in scaled_lists((params, grads, exp_avgs), chosen, cached=True):
-            _lion_in_cache(*part, betas=betas, **settings)
+            _lion_in_cache(*part, **shared)
         return
 
     def formula(param: Tensor, grad: Tensor, mean: Tensor, step: Tensor | None) -> Any:
         return lion_update(param, grad, mean, **shared)
 
-    shared: dict[str, Any] = {"weight_decay": weight_decay, "maximize": maximize}
-    shared |= {"lr": lr, "betas": betas}
-    update_one_by_one(formula, params, grads, (exp_avgs,), steps, chosen)
+    def one(param: Tensor, grad: Tensor, mean: Tensor, step: Tensor | None) -> Any:
+        _lion_in_cache([param], [grad], [mean], **shared)
+        return param, mean
+
+    update_one_by_one(formula, params, grads, (exp_avgs,), steps, chosen, in_torch=one)
 
 
 @torch.no_grad()
@@ -216,18 +222,17 @@ def sgd_update_(
     shared |= {"weight_decay": weight_decay, "maximize": maximize}
     if is_skipped(chosen):
         return
+    shared |= {"lr": lr}
     if in_torch:
-        shared |= {"lr": float(lr)}
         firsts = [False] * len(params)
-        if buffers is not None and steps is not None and dampening:
-            firsts = [float(step) <= 1 for step in steps]
+        if steps is not None:
+            firsts = [_is_first(step, dampening) for step in steps]
         columns = (params, grads) if buffers is None else (params, grads, buffers)
         _sgd_in_torch(columns, firsts, chosen, shared)
         return
-    shared |= {"lr": lr}
     if buffers is not None:
-        formula = partial(sgd_update, **shared)
-        update_one_by_one(formula, params, grads, (buffers,), steps, chosen)
+        formula, one = partial(sgd_update, **shared), partial(_sgd_of_one, **shared)
+        update_one_by_one(formula, params, grads, (buffers,), steps, chosen, in_torch=one)
         return
 
     def alone(param: Tensor, grad: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -241,7 +246,7 @@ def _lion_in_cache(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     *,
-    lr: float,
+    lr: Tensor | float,
     betas: tuple[float, float],
     weight_decay: float,
     maximize: bool,
@@ -253,6 +258,19 @@ def _lion_in_cache(
     shared: dict[str, Any] = _PLAIN_SGD | {"maximize": maximize}
     torch._fused_sgd_(params, signs, [], **shared, lr=lr, weight_decay=weight_decay)
     torch._fused_sgd_(exp_avgs, grads, [], **shared, lr=betas[1] - 1, weight_decay=-1.0)
+
+
+def _is_first(step: Tensor | None, dampening: float) -> bool:
+    """Whether a step is the first one, where that matters."""
+    return bool(dampening) and step is not None and float(step) <= 1
+
+
+def _sgd_of_one(
+    param: Tensor, grad: Tensor, buffer: Tensor, step: Tensor | None, **shared: Any
+) -> tuple[Tensor, Tensor]:
+    first = _is_first(step, shared["dampening"])
+    torch._fused_sgd_([param], [grad], [buffer], **shared, is_first_step=first)
+    return param, buffer
 
 
 def _sgd_in_torch(

@@ -10,18 +10,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from lightning_ext.functional._quantization._round_stochastic import round_stochastic
-from lightning_ext.functional._states._formats import QuantizedState, decode_state, encode_state
-from lightning_ext.functional._updates._adam_directions import STREAMS, by_spans, wide_dtype
-from lightning_ext.functional._updates._cached import CACHED, cached_lists, part_of
+from lightning_ext.functional._states._formats import QuantizedState, decode_state
+from lightning_ext.functional._updates._adam_directions import by_spans, wide_dtype
+from lightning_ext.functional._updates._cached import cached_lists
 from lightning_ext.functional._updates._checks import Options, States, is_traced
-from lightning_ext.functional._updates._split_weight import join_weight, split_weight
+from lightning_ext.functional._updates._row_parts import (
+    Bits,
+    is_at_hand,
+    is_random,
+    parts_of,
+    write_state,
+    write_weight,
+)
+from lightning_ext.functional._updates._split_weight import join_weight
 
 Formula = Callable[..., tuple[Tensor | None, ...]]
 Update = Callable[[slice, list[Tensor], list[Tensor], Tensor], Tensor]
@@ -79,6 +85,11 @@ def is_known(number: Tensor) -> bool:
     return number.is_cpu and not is_traced()
 
 
+def _are_none(found_inf: Tensor | None) -> bool:
+    """Whether it is known that no infinities were found."""
+    return found_inf is not None and is_known(found_inf) and not found_inf
+
+
 def update_one_by_one(
     formula: Formula,
     params: Sequence[Tensor],
@@ -86,33 +97,50 @@ def update_one_by_one(
     states: Sequence[States],
     steps: Sequence[Tensor] | None,
     options: Options,
+    *,
+    in_torch: Formula | None = None,
 ) -> None:
     """Do a formula for every parameter in its wide dtype, in place, whatever the lists hold.
 
     Args:
-        formula: of param, grad, states and step; returns the new param and states.
+        formula: of param, grad, states and step; returns the new param and states. Each entry
+            goes by itself.
         params: parameters.
         grads: gradients.
         states: lists of states.
         steps: counts of steps, where the formula or random bits need them.
         options: of the call.
+        in_torch: the same formula by torch's loops on a CPU, which take contiguous tensors and may
+            change all but the gradient in place.
     """
-    factor = grad_factor(options)
+    if _are_none(options.found_inf):
+        options = options._replace(found_inf=None)
     errors = [None] * len(params) if options.weight_errors is None else options.weight_errors
     for i, row in enumerate(zip(params, errors, grads, *states, strict=True)):
-        bits = _Bits(options, None if steps is None else steps[i], i)
-        step = None if steps is None else steps[i].reshape(())
-        for param, error, grad, *kept in _parts(row, options):
-            weight = param if error is None else join_weight(param, error)
-            held = [weight, *map(_read, kept)]
-            dtype = wide_dtype(grad, *held)
-            old = [x.to(dtype) for x in held]
-            scaled = grad.to(dtype) if factor is None else grad.to(dtype) * factor
-            new = _unless(options.found_inf, old, formula(old[0], scaled, *old[1:], step))
-            _write_weight(param, error, new[0], options, bits)
-            for k, (state, value) in enumerate(zip(kept, new[1:], strict=True)):
-                with _codes_unless(options.found_inf, state):
-                    _write_state(state, value, bits, 1 + k)
+        bits = Bits(options, None if steps is None else steps[i], i)
+        at_hand = options.found_inf is None and is_at_hand(row)
+        chosen = partial(_contiguous, in_torch) if at_hand and in_torch is not None else formula
+        for part in parts_of(row, bits) if at_hand else (row,):
+            _update_part(chosen, part, bits)
+
+
+def _contiguous(update: Formula, *row: Tensor | None) -> tuple[Tensor | None, ...]:
+    return update(*(None if x is None else x.contiguous() for x in row))
+
+
+def _update_part(formula: Formula, part: Sequence[Any], bits: Bits) -> None:
+    param, error, grad, *states = part
+    found_inf, factor = bits.options.found_inf, grad_factor(bits.options)
+    held = [param if error is None else join_weight(param, error), *map(decode_state, states)]
+    dtype = wide_dtype(grad, *held)
+    old = [x.to(dtype) for x in held]
+    scaled = grad.to(dtype) if factor is None else grad.to(dtype) * factor
+    step = None if bits.step is None else bits.step.reshape(())
+    new = _unless(found_inf, old, formula(old[0], scaled, *old[1:], step))
+    write_weight(param, error, new[0], bits)
+    for k, (state, value) in enumerate(zip(states, new[1:], strict=True)):
+        with _codes_unless(found_inf, state):
+            write_state(state, value, bits, 1 + k)
 
 
 def update_by_spans(
@@ -181,15 +209,14 @@ def _update_span(
     for i, (param, weight) in enumerate(zip(params[part], weights, strict=True), first):
         if weight is not param:
             error = None if options.weight_errors is None else options.weight_errors[i]
-            bits = _Bits(options, None if steps is None else steps[i], i)
-            _write_weight(param, error, weight, options, bits)
+            bits = Bits(options, None if steps is None else steps[i], i)
+            write_weight(param, error, weight, bits)
     return found
 
 
 def _is_split(param: Tensor, options: Options) -> bool:
     """Whether a weight is not rounded to nearest."""
-    random = options.rounding == "stochastic" and param.dtype == torch.bfloat16
-    return random or options.weight_errors is not None
+    return is_random(param, options) or options.weight_errors is not None
 
 
 def _opened(params: Sequence[Tensor], options: Options, first: int) -> list[Tensor]:
@@ -233,57 +260,3 @@ def _codes_unless(found_inf: Tensor | None, state: Any) -> Iterator[None]:
     skipped = found_inf.reshape(()).to(state.codes.device) != 0
     for x, y in zip(written, old, strict=True):
         x.copy_(torch.where(skipped, y, x))
-
-
-def _parts(row: Sequence[Any], options: Options) -> Iterator[Sequence[Any]]:
-    """A row of tensors, in parts that a CPU's cache holds where that changes no bit."""
-    size = row[0].numel()
-    whole = is_traced() or options.rounding != "nearest" or size <= CACHED
-    if whole or not all(x is None or _is_plain(x) for x in row):
-        yield row
-        return
-    for start in range(0, size, CACHED):
-        yield [None if x is None else part_of(x, start) for x in row]
-
-
-def _is_plain(x: Any) -> bool:
-    return type(x) in (Tensor, Parameter) and x.is_cpu and x.is_contiguous()
-
-
-class _Bits(NamedTuple):
-    """Where the random bits of a parameter begin."""
-
-    options: Options
-    step: Tensor | None
-    place: int
-
-    def of(self, which: int) -> dict[str, Any]:
-        """Seed, step and stream of its weight, 0, or of a state."""
-        step = 0 if self.step is None else self.step.reshape(())
-        stream = self.options.stream + STREAMS * self.place + which
-        return {"seed": self.options.seed, "step": step, "stream": stream}
-
-
-def _read(state: Tensor | QuantizedState) -> Tensor:
-    return state if isinstance(state, Tensor) else decode_state(state)
-
-
-def _write_state(state: Tensor | QuantizedState, value: Tensor, bits: _Bits, which: int) -> None:
-    if isinstance(state, Tensor):
-        state.copy_(value)
-        return
-    chosen = bits.of(which) if state.format == "bfloat16" else {}
-    encode_state(value, state.format, signed=state.signed, out=state, **chosen)
-
-
-def _write_weight(
-    param: Tensor, error: Tensor | None, value: Tensor, options: Options, bits: _Bits
-) -> None:
-    if error is not None:
-        rounded, left = split_weight(value)
-        param.copy_(rounded)
-        error.copy_(left)
-    elif options.rounding == "stochastic" and param.dtype == torch.bfloat16:
-        param.copy_(round_stochastic(value, **bits.of(0)))
-    else:
-        param.copy_(value)

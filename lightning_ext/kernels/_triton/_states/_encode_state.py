@@ -109,7 +109,7 @@ def encode_state(
     x, name = x.contiguous(), state_format(out)
     with state_columns([out]) as columns:
         if name == "int4_rank1":
-            rank_one_maxima([x], columns, [rank_one_width(out)])
+            rank_one_maxima([x], columns, [rank_one_width(out)], reduce=[out.reduce])
         found = tables([[x], *columns], _BLOCK)
         encode_state_kernel[(found.programs,)](
             found.table,

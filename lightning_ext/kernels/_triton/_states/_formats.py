@@ -144,6 +144,8 @@ def store_state(
             _store_scales(scales, start, size, most, WIDTH, MASKED, BLOCK)
             rows = value.reshape(BLOCK // WIDTH, WIDTH) * _inverse(most)[:, None]
             found = _nearest(books, rows.reshape(BLOCK), BOOK)
+            if FORMAT == "int8_unsigned":
+                found = tl.where((found == 0) & (rows.reshape(BLOCK) > 0), 1, found)
         if FORMAT == "int4_rank1" or FORMAT == "int4_signed":
             if MASKED:
                 found = tl.where(offsets < size, found, 0)

@@ -5,7 +5,7 @@ They are those of the new values, so they take a launch of their own before the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -102,6 +102,7 @@ def rank_one_maxima(
     states: Sequence[Sequence[Tensor]],
     widths: Sequence[int],
     *,
+    reduce: Sequence[Callable[[Tensor], Tensor] | None] = (),
     beta2: float | None = None,
     maximize: bool = False,
     params: Sequence[Tensor] | None = None,
@@ -117,6 +118,7 @@ def rank_one_maxima(
             β₂·v + (1 − β₂)·g².
         states: the columns of ``state_columns`` for "int4_rank1".
         widths: ``rank_one_width`` of each state.
+        reduce: of each state; those that have one take maxima of columns over ranks.
         beta2: β₂.
         maximize: take −g for g.
         params: where ``weight_decay`` times them is added to g.
@@ -128,29 +130,32 @@ def rank_one_maxima(
     weights = [] if params is None else [params]
     found = tables([values, *states, *weights], _ROWS * _COLUMNS)
     tiles = _tile_table(values[0].device, tuple(x.numel() for x in values), tuple(widths))
-    if not len(tiles):
-        return
-    rank_one_maxima_kernel[(len(tiles),)](
-        found.table,
-        tiles,
-        found.count,
-        -1.0 if maximize else 1.0,
-        0.0 if beta2 is None else beta2,
-        0.0 if beta2 is None else 1 - beta2,
-        weight_decay,
-        clip,
-        grad_scale,
-        found_inf,
-        UPDATE=beta2 is not None,
-        COUPLED=params is not None,
-        COLUMNS=found.columns,
-        DTYPE=found.dtypes[0],
-        P_DTYPE=found.dtypes[-1] if weights else None,
-        ALIGNED=found.aligned,
-        TILE_ROWS=_ROWS,
-        TILE_COLUMNS=_COLUMNS,
-        num_warps=8,
-    )
+    if len(tiles):
+        rank_one_maxima_kernel[(len(tiles),)](
+            found.table,
+            tiles,
+            found.count,
+            -1.0 if maximize else 1.0,
+            0.0 if beta2 is None else beta2,
+            0.0 if beta2 is None else 1 - beta2,
+            weight_decay,
+            clip,
+            grad_scale,
+            found_inf,
+            UPDATE=beta2 is not None,
+            COUPLED=params is not None,
+            COLUMNS=found.columns,
+            DTYPE=found.dtypes[0],
+            P_DTYPE=found.dtypes[-1] if weights else None,
+            ALIGNED=found.aligned,
+            TILE_ROWS=_ROWS,
+            TILE_COLUMNS=_COLUMNS,
+            num_warps=8,
+        )
+    for maxima, width, share in zip(states[-1], widths, reduce, strict=False):
+        if share is not None:
+            columns = maxima[len(maxima) - width :]
+            columns.copy_(share(columns))
 
 
 @kept

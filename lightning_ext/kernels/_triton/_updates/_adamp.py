@@ -1,7 +1,8 @@
 """AdamP over lists of parameters: moments and sums of rows, sums of tensors, then the step.
 
 A program adds up whole rows, so that no sum depends on the order in which programs run. The
-direction is made again from the moments as they are stored.
+direction is made again: from plain moments, which the first launch writes; else from the old ones
+and the gradient, as a second moment in few bits may have lost nearly all of its digits.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ from lightning_ext.kernels._triton._updates._layout import (
 from lightning_ext.kernels._triton._updates._moments import (
     adam_direction,
     inverse_corrections,
-    launch_move,
     load_moments,
     log_betas_of,
+    moved_moments,
+    next_moments,
     rates_of,
 )
 from lightning_ext.kernels._triton._updates._rows import (
     RowTables,
     load_entries,
-    load_kept_entries,
+    load_state_entries,
     locate_rows,
     row_tables,
     rows_of,
@@ -54,17 +56,16 @@ _SUMS = 6
 
 @triton.jit
 def _moments_of(tile, offsets, grad, rates, MOVE: tl.constexpr, L: tl.constexpr):
-    """The moments of some entries as they are stored, after they are moved here or before."""
+    """The moments of some entries after a step, as they are stored where MOVE."""
     M: tl.constexpr = L.states[0]
     V: tl.constexpr = L.states[1]
+    mean = load_state_entries(tile, offsets, M, L, False)
+    square = load_state_entries(tile, offsets, V, L, False)
+    mean, square = next_moments(mean, square, grad, rates)
     if MOVE:
-        mean = load_entries(tile, offsets, M, L)
-        square = load_entries(tile, offsets, V, L)
-        mean += number(rates[0], False) * (grad - mean)
-        square = number(rates[1], False) * square + number(rates[2], False) * grad * grad
-        return store_entries(tile, offsets, mean, M, L), store_entries(tile, offsets, square, V, L)
-    else:
-        return load_kept_entries(tile, offsets, M, L), load_kept_entries(tile, offsets, V, L)
+        mean = store_entries(tile, offsets, mean, M, L)
+        square = store_entries(tile, offsets, square, V, L)
+    return mean, square
 
 
 @triton.jit
@@ -182,10 +183,16 @@ def _share(tile, shapes, sums, totals, delta, L: tl.constexpr):
 @triton.jit
 def _step(
     tile, shapes, sums, totals, flags, lr, factor, random, rates, log_betas, eps, weight_decay,
-    wd_ratio, delta, NESTEROV: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr,
+    wd_ratio, delta, MOVE: tl.constexpr, NESTEROV: tl.constexpr, L: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     step, first, second = inverse_corrections(tile, log_betas, True)
-    mean, square = load_moments(tile, L, MASKED, True)
+    bits = (random[0], step.to(tl.int64), random[1])
+    if MOVE:
+        grad = load_column(tile, 1, L, MASKED) * factor
+        mean, square = moved_moments(tile, grad, rates, bits, True, L, MASKED)
+    else:
+        mean, square = load_moments(tile, L, MASKED, True)
     w = load_weight(tile, offsets_of(tile, L), L, MASKED)
     if NESTEROV:
         mean = _numerator(mean, load_column(tile, 1, L, MASKED) * factor, rates, True)
@@ -194,7 +201,6 @@ def _step(
     lost = lr * number(weight_decay, False)
     lost = tl.where(projected, lost * number(wd_ratio, False), lost)
     w = w * (1.0 - lost) - lr * (p - share * w)
-    bits = (random[0], step.to(tl.int64), random[1])
     store_weight(tile, offsets_of(tile, L), w, bits, L, MASKED)
     if tile[3] == 0:
         tl.store(flags + tile[2], projected.to(tl.float32))
@@ -204,9 +210,9 @@ def _step(
 def adamp_step_kernel(
     table, chunks, count, books, shapes, sums, totals, flags, lr, scaling, random, rates, log_betas,
     eps, weight_decay, wd_ratio, delta,
-    LR_ON_DEVICE: tl.constexpr, NESTEROV: tl.constexpr, L: tl.constexpr,
+    LR_ON_DEVICE: tl.constexpr, MOVE: tl.constexpr, NESTEROV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """The step w ← (1 − lr·λ·ρ)w − lr·(p − c·w)."""
+    """The step w ← (1 − lr·λ·ρ)w − lr·(p − c·w), before it that of the moments where MOVE."""
     if is_left_out(scaling):
         return
     tensor, start, size = multi.locate(table, chunks, count, L.block)
@@ -215,12 +221,12 @@ def adamp_step_kernel(
     if start + L.block <= size:
         _step(
             tile, shapes, sums, totals, flags, rate, factor, random, rates, log_betas, eps,
-            weight_decay, wd_ratio, delta, NESTEROV, L, False,
+            weight_decay, wd_ratio, delta, MOVE, NESTEROV, L, False,
         )  # fmt: skip
     else:
         _step(
             tile, shapes, sums, totals, flags, rate, factor, random, rates, log_betas, eps,
-            weight_decay, wd_ratio, delta, NESTEROV, L, True,
+            weight_decay, wd_ratio, delta, MOVE, NESTEROV, L, True,
         )  # fmt: skip
 
 
@@ -265,14 +271,13 @@ def adamp_update_(
             "NESTEROV": nesterov,
             "L": launch.layout,
         }
-        moves = launch.layout.keeps
-        if not moves and launch.tables.programs:
-            launch_move(launch, betas)
-        sums, totals = _launch_sums(launch, rows, delta, shared, moves=moves)
+        keeps = launch.layout.keeps
+        sums, totals = _launch_sums(launch, rows, delta, shared, moves=keeps)
         totals = totals if reduce is None else reduce(totals)
         if launch.tables.programs:
             # Registers for which the compiler needs no memory.
-            warps = 4 if launch.layout.weight == "stochastic" else _WARPS
+            many = launch.layout.weight == "stochastic" or not keeps
+            warps = 4 if many else _WARPS
             adamp_step_kernel[(launch.tables.programs,)](
                 launch.tables.table,
                 launch.tables.chunks,
@@ -287,6 +292,7 @@ def adamp_update_(
                 weight_decay=float(weight_decay),
                 wd_ratio=float(wd_ratio),
                 delta=float(delta),
+                MOVE=not keeps,
                 LR_ON_DEVICE=isinstance(lr, Tensor),
                 num_warps=warps,
                 **shared,

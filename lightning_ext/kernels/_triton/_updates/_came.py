@@ -43,7 +43,7 @@ from lightning_ext.kernels._triton._updates._matrices import (
 )
 from lightning_ext.kernels._triton._updates._rows import (
     load_entries,
-    load_kept_entries,
+    load_state_entries,
     rows_of,
     store_entries,
 )
@@ -181,7 +181,7 @@ def came_residual_kernel(
         mean += number(rate, False) * (u - mean)
         mean = store_entries(tile, offsets, mean, L.states[0], L)
     else:
-        mean = load_kept_entries(tile, offsets, L.states[0], L)
+        mean = load_state_entries(tile, offsets, L.states[0], L, True)
     apart = tl.where(offsets < rows * columns, u - mean, 0.0)
     leave_sums(
         apart * apart, shapes, matrix, rows, columns, row, column, row_sums, column_sums,
@@ -203,7 +203,7 @@ def came_step_kernel(
     by_row, by_column = load_factors(
         table, count, shapes, vectors, matrix, rows, columns, row, column, _RES_ROW, _RES_COL
     )
-    mean = load_kept_entries(tile, offsets, L.states[0], L)
+    mean = load_state_entries(tile, offsets, L.states[0], L, True)
     rate = number(lr, LR_ON_DEVICE)
     w = load_weight(tile, offsets, L, True) * (1.0 - rate * number(weight_decay, False))
     w -= rate * (mean * by_row[:, None] * by_column[None, :])

@@ -202,14 +202,14 @@ def _launch(call: Call, kind: tuple[str, ...], lists: _Lists, places: Tensor | N
     with ExitStack() as stack:
         columns, at = _lay_out(lists, kind, stack)
         found = multi.tables(columns, _BLOCK)
-        if not found.programs:
-            return
         states = tuple(i for i in at[:2] if i is not None)
         names: list[str | None] = [None] * len(columns)
         for i, name in zip(states, formats, strict=True):
             names[i] = name
         if formats[1:] == ["int4_rank1"]:
             _find_maxima(call, columns, states[1], lists.states[1])
+        if not found.programs:
+            return
         layout = Layout(
             states, tuple(names), found.dtypes, len(columns), found.aligned, _BLOCK, weight, at[3]
         )
@@ -273,10 +273,12 @@ def _find_maxima(
     """The launch that second moments in "int4_rank1" take before."""
     o = call.options
     is_coupled = call.rule == "adam"
+    quantized = [x for x in states if isinstance(x, QuantizedState)]
     rank_one_maxima(
         columns[1],
         columns[at : at + 4],
-        [rank_one_width(x) for x in states if isinstance(x, QuantizedState)],
+        [rank_one_width(x) for x in quantized],
+        reduce=[x.reduce for x in quantized],
         beta2=call.numbers[2],
         params=columns[0] if is_coupled else None,
         weight_decay=call.numbers[7] if is_coupled else 0.0,

@@ -1,7 +1,8 @@
 """LAMB over lists of parameters: moments and sums, ratios, then the step along what is made again.
 
-The direction is made again from the moments as they are stored, so that nothing of the parameters'
-size is kept between the launches.
+The direction is made again, so that nothing of the parameters' size is kept between the launches:
+from plain moments, which the first launch writes; else from the old ones and the gradient, as a
+second moment in few bits may have lost nearly all of its digits.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from lightning_ext.kernels._triton._updates._moments import (
     inverse_corrections,
     load_moments,
     log_betas_of,
-    move_moments,
+    moved_moments,
     rates_of,
 )
 from lightning_ext.kernels._triton._updates._trust_sums import lamb_trust, store_sums
@@ -54,12 +55,13 @@ def _direction(tile, moments, corrections, shape, L: tl.constexpr, MASKED: tl.co
 @triton.jit
 def _move(
     tile, partials, factor, rates, log_betas, shape, random,
-    CORRECTED: tl.constexpr, SUMS: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr,
+    CORRECTED: tl.constexpr, STORE: tl.constexpr, SUMS: tl.constexpr, L: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     step, first, second = inverse_corrections(tile, log_betas, CORRECTED)
     grad = load_column(tile, 1, L, MASKED) * factor
     bits = (random[0], step.to(tl.int64), random[1])
-    moments = move_moments(tile, grad, rates, bits, L, MASKED)
+    moments = moved_moments(tile, grad, rates, bits, STORE, L, MASKED)
     if SUMS:
         x, u = _direction(tile, moments, (first, second), shape, L, MASKED)
         store_sums(partials, x, u, offsets_of(tile, L), tile[4], MASKED)
@@ -68,9 +70,9 @@ def _move(
 @triton.jit(do_not_specialize=["count"])
 def lamb_moments_kernel(
     table, chunks, count, books, partials, scaling, random, rates, log_betas, shape,
-    CORRECTED: tl.constexpr, SUMS: tl.constexpr, L: tl.constexpr,
+    CORRECTED: tl.constexpr, STORE: tl.constexpr, SUMS: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Move the moments; leave Σx² and Σu² of the tile, too, where it is known what they keep."""
+    """Move the moments, where STORE in memory; leave Σx² and Σu² of the tile where SUMS."""
     if is_left_out(scaling):
         return
     tensor, start, size = multi.locate(table, chunks, count, L.block)
@@ -79,37 +81,38 @@ def lamb_moments_kernel(
     if start + L.block <= size:
         _move(
             tile, partials, factor, rates, log_betas, shape, random,
-            CORRECTED, SUMS, L, False,
+            CORRECTED, STORE, SUMS, L, False,
         )  # fmt: skip
     else:
         _move(
             tile, partials, factor, rates, log_betas, shape, random,
-            CORRECTED, SUMS, L, True,
+            CORRECTED, STORE, SUMS, L, True,
         )  # fmt: skip
 
 
 @triton.jit
 def _step(
-    tile, partials, scale, random, log_betas, shape,
-    CORRECTED: tl.constexpr, SUMS: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr,
+    tile, scale, factor, rates, random, log_betas, shape,
+    CORRECTED: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     step, first, second = inverse_corrections(tile, log_betas, CORRECTED)
-    moments = load_moments(tile, L, MASKED, True)
-    x, u = _direction(tile, moments, (first, second), shape, L, MASKED)
-    if SUMS:
-        store_sums(partials, x, u, offsets_of(tile, L), tile[4], MASKED)
+    bits = (random[0], step.to(tl.int64), random[1])
+    if STORE:
+        grad = load_column(tile, 1, L, MASKED) * factor
+        moments = moved_moments(tile, grad, rates, bits, True, L, MASKED)
     else:
-        bits = (random[0], step.to(tl.int64), random[1])
-        store_weight(tile, offsets_of(tile, L), x - scale * u, bits, L, MASKED)
+        moments = load_moments(tile, L, MASKED, True)
+    x, u = _direction(tile, moments, (first, second), shape, L, MASKED)
+    store_weight(tile, offsets_of(tile, L), x - scale * u, bits, L, MASKED)
 
 
 @triton.jit(do_not_specialize=["count"])
 def lamb_step_kernel(
-    table, chunks, count, books, partials, scaling, random, trust, lr, log_betas, shape,
-    LR_ON_DEVICE: tl.constexpr, TRUST: tl.constexpr, CORRECTED: tl.constexpr, SUMS: tl.constexpr,
+    table, chunks, count, books, scaling, random, trust, lr, rates, log_betas, shape,
+    LR_ON_DEVICE: tl.constexpr, TRUST: tl.constexpr, CORRECTED: tl.constexpr, STORE: tl.constexpr,
     L: tl.constexpr,
 ):  # fmt: skip
-    """The step x ← x − lr·trust·u of the moments as they are stored; with SUMS only Σx² and Σu²."""
+    """The step x ← x − lr·trust·u of the moments, which are moved only now where STORE."""
     if is_left_out(scaling):
         return
     tensor, start, size = multi.locate(table, chunks, count, L.block)
@@ -117,10 +120,11 @@ def lamb_step_kernel(
     scale = number(lr, LR_ON_DEVICE)
     if TRUST:
         scale *= tl.load(trust + tensor)
+    factor = grad_factor(scaling)
     if start + L.block <= size:
-        _step(tile, partials, scale, random, log_betas, shape, CORRECTED, SUMS, L, False)
+        _step(tile, scale, factor, rates, random, log_betas, shape, CORRECTED, STORE, L, False)
     else:
-        _step(tile, partials, scale, random, log_betas, shape, CORRECTED, SUMS, L, True)
+        _step(tile, scale, factor, rates, random, log_betas, shape, CORRECTED, STORE, L, True)
 
 
 def lamb_update_(
@@ -152,6 +156,7 @@ def lamb_update_(
             sums = sums if reduce is None or not trust_ratio else reduce(sums)
             return ratios(sums, norm_range=norm_range, trust_clip=trust_clip)
         shared: dict[str, Any] = {
+            "rates": rates_of(betas),
             "log_betas": log_betas_of(betas),
             "shape": (float(eps), float(weight_decay)),
             "scaling": launch.scaling,
@@ -159,45 +164,26 @@ def lamb_update_(
         }
         shared |= {"CORRECTED": bias_correction, "L": launch.layout, "num_warps": _WARPS}
         partials = launch.tables.table.new_empty(launch.tables.programs, 2, dtype=torch.float32)
-        at_once = trust_ratio and launch.layout.keeps
-        lamb_moments_kernel[(launch.tables.programs,)](
-            *_head(launch),
-            partials=partials,
-            rates=rates_of(betas),
-            SUMS=at_once,
-            **shared,
-        )
-        trust = None
+        keeps, trust = launch.layout.keeps, None
+        if trust_ratio or keeps:
+            lamb_moments_kernel[(launch.tables.programs,)](
+                *_head(launch), partials=partials, STORE=keeps, SUMS=trust_ratio, **shared
+            )
         if trust_ratio:
-            if not at_once:
-                _launch_step(launch, partials, None, 0.0, shared, sums=True)
             sums, trust = lamb_trust(launch, partials, norm_range, trust_clip)
             if reduce is not None:
                 trust = ratios(reduce(sums), norm_range=norm_range, trust_clip=trust_clip)
-        _launch_step(launch, partials, trust, lr, shared, sums=False)
+        lamb_step_kernel[(launch.tables.programs,)](
+            *_head(launch),
+            trust=partials if trust is None else trust,
+            lr=lr,
+            LR_ON_DEVICE=isinstance(lr, Tensor),
+            TRUST=trust is not None,
+            STORE=not keeps,
+            **shared,
+        )
         return partials.new_ones(len(params)) if trust is None else trust
 
 
 def _head(launch: Launch) -> tuple[Any, ...]:
     return launch.tables.table, launch.tables.chunks, launch.tables.count, launch.books
-
-
-def _launch_step(
-    launch: Launch,
-    partials: Tensor,
-    trust: Tensor | None,
-    lr: Tensor | float,
-    shared: dict[str, Any],
-    *,
-    sums: bool,
-) -> None:
-    lamb_step_kernel[(launch.tables.programs,)](
-        *_head(launch),
-        partials=partials,
-        trust=partials if trust is None else trust,
-        lr=lr,
-        LR_ON_DEVICE=isinstance(lr, Tensor),
-        TRUST=trust is not None,
-        SUMS=sums,
-        **shared,
-    )

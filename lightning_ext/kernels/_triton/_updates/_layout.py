@@ -230,10 +230,12 @@ def launch_over(
             some = [ready.pop(0)] if name == "tensor" else stack.enter_context(state_columns(state))
             if name == "int4_rank1":
                 widths = [state_width(x.shape, "int4", False) for x in tensors[0]]
+                shares = [getattr(x, "reduce", None) for x in state]
                 rank_one_maxima(
                     flat[1],
                     some,
                     widths,
+                    reduce=shares,
                     beta2=beta2,
                     clip=options.clip,
                     grad_scale=options.grad_scale,

@@ -12,11 +12,6 @@ import triton.language as tl
 
 from lightning_ext.kernels._triton import _multi_tensor as multi
 from lightning_ext.kernels._triton._updates._layout import (
-    Launch,
-    grad_factor,
-    is_left_out,
-    load_column,
-    load_count,
     load_state_of,
     number,
     store_state_of,
@@ -60,53 +55,26 @@ def load_moments(tile, L: tl.constexpr, MASKED: tl.constexpr, WRITTEN: tl.conste
 
 
 @triton.jit
-def move_moments(tile, grad, rates, bits, L: tl.constexpr, MASKED: tl.constexpr):
-    """Move and store both moments, return them as ``store_state_of`` does.
-
-    rates: 1 − β₁, β₂ and 1 − β₂. bits: as in ``store_state_of``.
-    """
-    mean, square = load_moments(tile, L, MASKED, False)
+def next_moments(mean, square, grad, rates):
+    """Both moments after a step; rates: 1 − β₁, β₂ and 1 − β₂."""
     mean += number(rates[0], False) * (grad - mean)
-    square = number(rates[1], False) * square + number(rates[2], False) * grad * grad
-    mean = store_state_of(tile, mean, bits, 0, L.states[0], L, MASKED)
-    square = store_state_of(tile, square, bits, 1, L.states[1], L, MASKED)
-    return mean, square
+    return mean, number(rates[1], False) * square + number(rates[2], False) * grad * grad
 
 
 @triton.jit
-def _move(tile, factor, rates, random, L: tl.constexpr, MASKED: tl.constexpr):
-    grad = load_column(tile, 1, L, MASKED) * factor
-    move_moments(tile, grad, rates, (random[0], load_count(tile, 2), random[1]), L, MASKED)
+def moved_moments(
+    tile, grad, rates, bits, STORE: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr
+):
+    """Both moments after a step, where STORE as ``store_state_of`` stores and returns them.
 
-
-@triton.jit(do_not_specialize=["count"])
-def move_moments_kernel(table, chunks, count, books, scaling, rates, random, L: tl.constexpr):
-    """Move the moments and nothing else."""
-    if is_left_out(scaling):
-        return
-    tensor, start, size = multi.locate(table, chunks, count, L.block)
-    tile = (table, count, tensor, start, size, books)
-    factor = grad_factor(scaling)
-    if start + L.block <= size:
-        _move(tile, factor, rates, random, L, False)
-    else:
-        _move(tile, factor, rates, random, L, True)
-
-
-def launch_move(launch: Launch, betas: tuple[float, float]) -> None:
-    """Move moments of any format."""
-    given = launch.tables
-    move_moments_kernel[(given.programs,)](
-        given.table,
-        given.chunks,
-        given.count,
-        launch.books,
-        launch.scaling,
-        rates_of(betas),
-        launch.random,
-        L=launch.layout,
-        num_warps=8,
-    )
+    rates: as in ``next_moments``. bits: as in ``store_state_of``.
+    """
+    mean, square = load_moments(tile, L, MASKED, False)
+    mean, square = next_moments(mean, square, grad, rates)
+    if STORE:
+        mean = store_state_of(tile, mean, bits, 0, L.states[0], L, MASKED)
+        square = store_state_of(tile, square, bits, 1, L.states[1], L, MASKED)
+    return mean, square
 
 
 def rates_of(betas: tuple[float, float]) -> tuple[float, float, float]:

@@ -119,8 +119,8 @@ def store_entries(tile, offsets, x, COLUMN: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def load_kept_entries(tile, offsets, COLUMN: tl.constexpr, L: tl.constexpr):
-    """Entries of a state that a launch before this one has written, in any format."""
+def load_state_entries(tile, offsets, COLUMN: tl.constexpr, L: tl.constexpr, WRITTEN: tl.constexpr):
+    """Entries of a state in any format; WRITTEN: as in ``load_state_of``."""
     FORMAT: tl.constexpr = L.formats[COLUMN]
     if FORMAT == "tensor":
         return load_entries(tile, offsets, COLUMN, L)
@@ -129,14 +129,16 @@ def load_kept_entries(tile, offsets, COLUMN: tl.constexpr, L: tl.constexpr):
         where = multi.address(table, count, COLUMN, tensor)
         return multi.load(where, 1, offsets, size, tl.bfloat16, False, True)
     else:
-        return _load_decoded(tile, offsets, COLUMN, FORMAT)
+        return _load_decoded(tile, offsets, COLUMN, FORMAT, WRITTEN)
 
 
 @triton.jit
-def _load_decoded(tile, offsets, COLUMN: tl.constexpr, FORMAT: tl.constexpr):
+def _load_decoded(tile, offsets, COLUMN: tl.constexpr, FORMAT: tl.constexpr, WRITTEN: tl.constexpr):
     table, count, tensor, _, size, books = tile
     codes, scales, width = state_addresses(table, count, COLUMN, tensor, FORMAT)
-    scales = new_scales(table, count, COLUMN, tensor, FORMAT).to(tl.pointer_type(tl.float32))
+    if WRITTEN:
+        scales = new_scales(table, count, COLUMN, tensor, FORMAT)
+    scales = scales.to(tl.pointer_type(tl.float32))
     bytes = codes.to(tl.pointer_type(tl.uint8))
     inside = offsets < size
     PACKED: tl.constexpr = FORMAT == "int4_signed" or FORMAT == "int4_rank1"
