@@ -104,6 +104,7 @@ from lightning_ext.scaling._lr_schedules import (
 )
 from lightning_ext.scaling._means import loss_weight
 from lightning_ext.scaling._memory_model import MemoryModel
+from lightning_ext.scaling._memory_plan import MemoryPlan
 from lightning_ext.scaling._micro_batch import Bracket, largest_passing, merge_ceilings
 from lightning_ext.scaling._noise import (
     BatchEfficiency,
@@ -198,6 +199,7 @@ __all__ = [
     "LogFit",
     "Meaning",
     "MemoryModel",
+    "MemoryPlan",
     "NoiseScale",
     "NoiseScaleRule",
     "NormTest",
