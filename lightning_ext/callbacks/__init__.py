@@ -14,6 +14,7 @@ from lightning_ext.callbacks._gradient_norms import GradientNormRecorder
 from lightning_ext.callbacks._large_batch_recipe import LargeBatchRecipe
 from lightning_ext.callbacks._local_gradients import LocalGradients
 from lightning_ext.callbacks._measure_critical_batch import measure_critical_batch
+from lightning_ext.callbacks._memory_plan import memory_held, memory_plan
 from lightning_ext.callbacks._micro_batch_finder import MicroBatchFinder
 from lightning_ext.callbacks._norm_loss import NormLoss
 from lightning_ext.callbacks._polyak_loss import PolyakLoss
@@ -43,5 +44,7 @@ __all__ = [
     "WireCount",
     "WireMeter",
     "measure_critical_batch",
+    "memory_held",
+    "memory_plan",
     "sweep_batch_sizes",
 ]

@@ -21,7 +21,7 @@ from lightning_ext._lightning import View, view
 from lightning_ext.callbacks._adam_layers import Settings, adam_layers
 from lightning_ext.callbacks._arguments import require_bool, require_count, require_number
 from lightning_ext.callbacks._reuse import begins_anew
-from lightning_ext.optim import base_optimizer
+from lightning_ext.optim import LowBitAdamW, base_optimizer
 from lightning_ext.scaling import AdamInstability
 
 
@@ -117,10 +117,10 @@ class AdamInstabilityMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the optimizer."""
         optimizer = base_optimizer(trainer.optimizers[0])
-        if not isinstance(optimizer, Adam):
+        if not isinstance(optimizer, (Adam, LowBitAdamW)):
             raise MisconfigurationException(
-                f"AdamInstabilityMonitor reads the averages of Adam and AdamW, and the optimizer is"
-                f" {type(optimizer).__name__}. Hint: leave the callback out."
+                "AdamInstabilityMonitor reads the averages of Adam, AdamW and LowBitAdamW, and the"
+                f" optimizer is {type(optimizer).__name__}. Hint: leave the callback out."
             )
 
     def on_train_batch_start(

@@ -63,7 +63,8 @@ def _sums(
 ) -> Tensor:
     state = optimizer.state[parameter]
     square = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-    grad, mean, square = seen.local_parts([parameter.grad, state["exp_avg"], square])
+    moments = [functional.decode_state(x) for x in (state["exp_avg"], square)]
+    grad, mean, square = seen.local_parts([parameter.grad, *moments])
     if grad is None or mean is None or square is None:
         raise RuntimeError("A gradient and the averages were there a moment ago.")
     step = float(state["step"])

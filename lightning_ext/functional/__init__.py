@@ -44,9 +44,23 @@ from lightning_ext.functional._lanczos import (
     spectral_density,
 )
 from lightning_ext.functional._layer_norm import layer_norm, rms_norm
+from lightning_ext.functional._low_rank._gaussian import gaussian_projection
+from lightning_ext.functional._low_rank._lazy_refresh import lazy_refresh_gap, subspace_similarity
+from lightning_ext.functional._low_rank._subspace import (
+    gradient_subspace,
+    project_back,
+    project_gradient,
+)
+from lightning_ext.functional._low_rank._update import (
+    limit_norm_growth,
+    low_rank_scales,
+    low_rank_update,
+)
+from lightning_ext.functional._low_rank._weight_norm import weight_norm_gradients, weight_norm_step
 from lightning_ext.functional._newton_schulz import newton_schulz
 from lightning_ext.functional._norm_layers import affine_sample_gradients, sample_sq_norms
 from lightning_ext.functional._norm_loss import norm_loss, norm_loss_grad_
+from lightning_ext.functional._normalized_singular_values import normalized_singular_values
 from lightning_ext.functional._orthogonalize import orthogonalize, trace_sqrt
 from lightning_ext.functional._part_norms import part_sq_norms, sq_norms, total_sq_norm
 from lightning_ext.functional._per_sample import per_sample_gradients
@@ -85,9 +99,11 @@ from lightning_ext.functional._states._quantized_state import (
     QuantizedState,
     export_state,
     import_state,
+    scale_state_,
     state_bytes,
     zero_state,
 )
+from lightning_ext.functional._states._state_rows import state_from_rows, state_to_rows
 from lightning_ext.functional._unit_norms import unit_norms
 from lightning_ext.functional._unitwise_clip import unitwise_clip, unitwise_clip_
 from lightning_ext.functional._updates._accumulated_moments import (
@@ -182,7 +198,9 @@ __all__ = [
     "fold_norms",
     "gauss_newton_direction",
     "gauss_newton_multipliers",
+    "gaussian_projection",
     "gradient_snr",
+    "gradient_subspace",
     "gravity_update",
     "gravity_update_",
     "import_state",
@@ -197,10 +215,14 @@ __all__ = [
     "lars_update",
     "lars_update_",
     "layer_norm",
+    "lazy_refresh_gap",
+    "limit_norm_growth",
     "lion_directions",
     "lion_update",
     "lion_update_",
     "loss_derivatives",
+    "low_rank_scales",
+    "low_rank_update",
     "majority_vote",
     "matrix_covariance",
     "mean_gradient_snr",
@@ -211,6 +233,7 @@ __all__ = [
     "newton_schulz",
     "norm_loss",
     "norm_loss_grad_",
+    "normalized_singular_values",
     "normuon_update",
     "normuon_update_",
     "nt_xent_loss",
@@ -222,6 +245,8 @@ __all__ = [
     "polyak_sgd_update",
     "polyak_sgd_update_",
     "predicted_weight",
+    "project_back",
+    "project_gradient",
     "quantize",
     "quantized_bytes",
     "radial_part",
@@ -233,6 +258,7 @@ __all__ = [
     "round_stochastic",
     "sample_sq_norms",
     "saved_bytes",
+    "scale_state_",
     "sgd_update",
     "sgd_update_",
     "sgdp_update",
@@ -248,6 +274,9 @@ __all__ = [
     "sq_norms",
     "stacked_newton_schulz",
     "state_bytes",
+    "state_from_rows",
+    "state_to_rows",
+    "subspace_similarity",
     "sum_signs",
     "tangent_gradients",
     "total_sq_norm",
@@ -261,5 +290,7 @@ __all__ = [
     "voted_lion_update",
     "voted_lion_update_",
     "vrgd_scale",
+    "weight_norm_gradients",
+    "weight_norm_step",
     "zero_state",
 ]

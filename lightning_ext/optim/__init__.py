@@ -8,16 +8,25 @@ from lightning_ext.optim._adamp import AdamP
 from lightning_ext.optim._batch._base_optimizer import base_optimizer
 from lightning_ext.optim._batch._batch_rule import batch_rule
 from lightning_ext.optim._batch._batch_scaling import BatchScaling
+from lightning_ext.optim._came import CAME
 from lightning_ext.optim._diffgrad import DiffGrad
 from lightning_ext.optim._distributed._distributed_lion import DistributedLion
 from lightning_ext.optim._distributed._keep_local_gradients import keep_local_gradients
 from lightning_ext.optim._gravity import Gravity
 from lightning_ext.optim._groups._param_groups_for import param_groups_for
+from lightning_ext.optim._groups._welore_ranks import welore_ranks
 from lightning_ext.optim._lamb import LAMB
 from lightning_ext.optim._lars import LARS
 from lightning_ext.optim._lion import Lion
+from lightning_ext.optim._low_bit_adamw import LowBitAdamW
+from lightning_ext.optim._low_rank._apollo import APOLLO, APOLLOMini
+from lightning_ext.optim._low_rank._fira import Fira
+from lightning_ext.optim._low_rank._galore import GaLore
+from lightning_ext.optim._low_rank._gradnormlorp import GradNormLoRP
+from lightning_ext.optim._low_rank._qgalore import QGaLore
 from lightning_ext.optim._matrix._normuon import NorMuon
 from lightning_ext.optim._mt_adamw import MTAdamW
+from lightning_ext.optim._offload._offloaded_states import OffloadedStates
 from lightning_ext.optim._polyak_sgd import PolyakSGD
 from lightning_ext.optim._schedules._batch_schedules import LEGWWarmup, PowerScheduler
 from lightning_ext.optim._schedules._named_schedules import (
@@ -39,6 +48,8 @@ from lightning_ext.optim._wrappers._lawn import LAWN
 from lightning_ext.optim._wrappers._vrgd import VRGD
 
 __all__ = [
+    "APOLLO",
+    "CAME",
     "EGN",
     "LAMB",
     "LARS",
@@ -47,6 +58,7 @@ __all__ = [
     "MKORH",
     "SGDP",
     "VRGD",
+    "APOLLOMini",
     "AccumAdam",
     "AdaGradNorm",
     "AdamP",
@@ -54,13 +66,19 @@ __all__ = [
     "DelayCompensation",
     "DiffGrad",
     "DistributedLion",
+    "Fira",
+    "GaLore",
+    "GradNormLoRP",
     "Gravity",
     "LEGWWarmup",
     "Lion",
+    "LowBitAdamW",
     "MTAdamW",
     "NorMuon",
+    "OffloadedStates",
     "PolyakSGD",
     "PowerScheduler",
+    "QGaLore",
     "RefinedSchedule",
     "SampleCosine",
     "SampleLinear",
@@ -74,4 +92,5 @@ __all__ = [
     "keep_local_gradients",
     "param_groups_for",
     "sample_schedules",
+    "welore_ranks",
 ]

@@ -14,14 +14,17 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ext import functional
+from lightning_ext.optim._low_bit._moments import StateDtype, first_moment, second_moment
+from lightning_ext.optim._low_bit._saved import saves_moments
 from lightning_ext.optim._step._checks import Range, check_groups, checks_groups
 from lightning_ext.optim._step._closure import Closure, closure_loss
 from lightning_ext.optim._step._numbers import restore_numbers
-from lightning_ext.optim._step._rows import count, rows, update, zeros
+from lightning_ext.optim._step._rows import Init, count, rows, zeros
+from lightning_ext.optim._step._update import update
 
-_STATES = {
-    "exp_avg": zeros,
-    "exp_avg_sq": zeros,
+_STATES: dict[str, Init] = {
+    "exp_avg": first_moment,
+    "exp_avg_sq": second_moment,
     "accumulated_grad": zeros,
     "accumulated_steps": count,
 }
@@ -31,6 +34,7 @@ _RANGES = {
 _SETTINGS = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "every_n_steps")
 
 
+@saves_moments(_STATES)
 @checks_groups(_RANGES)
 class AccumAdam(Optimizer):
     r"""Adam whose moments have the memory of a batch ``every_n_steps`` times as large.
@@ -51,6 +55,8 @@ class AccumAdam(Optimizer):
         weight_decay: λ.
         every_n_steps: s; it is to grow with the workers. At 1 this is Adam.
         decoupled_weight_decay: True is the authors' AccumAdamW; False adds λw to the gradient.
+        state_dtype: format of the moments; that of the parameter where ``None``. Vectors and
+            tensors of at most 4096 entries stay in float32.
         maximize: climb instead of descend.
         foreach: False updates one parameter after the other by the plain formula, anything else
             all at once.
@@ -82,6 +88,7 @@ class AccumAdam(Optimizer):
         *,
         every_n_steps: int = 4,
         decoupled_weight_decay: bool = False,
+        state_dtype: StateDtype | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
@@ -92,6 +99,7 @@ class AccumAdam(Optimizer):
             "weight_decay": weight_decay,
             "every_n_steps": every_n_steps,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "state_dtype": state_dtype,
             "maximize": maximize,
             "foreach": foreach,
         }

@@ -17,8 +17,9 @@ from lightning_ext import functional
 from lightning_ext.optim._step._checks import AT_LEAST_0, check_groups, checks_groups
 from lightning_ext.optim._step._closure import Closure, closure_loss
 from lightning_ext.optim._step._numbers import number_dtype, restore_numbers
-from lightning_ext.optim._step._rows import Rows, rows, update
+from lightning_ext.optim._step._rows import Rows, rows
 from lightning_ext.optim._step._sq_norm import sq_norm
+from lightning_ext.optim._step._update import update
 
 _RANGES = {"initial_accumulator": AT_LEAST_0}
 _SETTINGS = ("lr", "eps", "weight_decay", "maximize")

@@ -14,16 +14,25 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ext import functional, kernels
+from lightning_ext.optim._low_bit._moments import (
+    StateDtype,
+    WeightRounding,
+    first_moment,
+    second_moment,
+)
+from lightning_ext.optim._low_bit._saved import saves_moments
 from lightning_ext.optim._step._checks import AT_LEAST_0, UP_TO_1, check_groups, checks_groups
 from lightning_ext.optim._step._closure import Closure, closure_loss
-from lightning_ext.optim._step._rows import rows, update, zeros
+from lightning_ext.optim._step._rows import rows
 from lightning_ext.optim._step._shards import check_rows_whole, reduction
+from lightning_ext.optim._step._update import update
 
-_STATES = {"exp_avg": zeros, "exp_avg_sq": zeros}
+_STATES = {"exp_avg": first_moment, "exp_avg_sq": second_moment}
 _RANGES = {"delta": AT_LEAST_0, "wd_ratio": UP_TO_1}
 _SETTINGS = ("lr", "betas", "eps", "weight_decay", "delta", "wd_ratio", "nesterov", "maximize")
 
 
+@saves_moments(_STATES)
 @checks_groups(_RANGES)
 class AdamP(Optimizer):
     r"""Adam whose steps are tangential where the loss does not depend on the weights' norm.
@@ -47,6 +56,11 @@ class AdamP(Optimizer):
         delta: δ; 0 projects nothing, which is AdamW.
         wd_ratio: ρ where the step is projected, in [0, 1].
         nesterov: look ahead.
+        state_dtype: format of the moments; that of the parameter where ``None``. Vectors and
+            tensors of at most 4096 entries stay in float32.
+        weight_rounding: of weights in bfloat16: at random, or with the error kept in an int8
+            beside each ("compensated").
+        seed: of what is rounded at random.
         maximize: climb instead of descend.
         foreach: False updates one parameter after the other by the plain formula, anything else
             all at once.
@@ -78,6 +92,9 @@ class AdamP(Optimizer):
         delta: float = 0.1,
         wd_ratio: float = 0.1,
         nesterov: bool = False,
+        state_dtype: StateDtype | None = None,
+        weight_rounding: WeightRounding = "nearest",
+        seed: int = 0,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -90,6 +107,9 @@ class AdamP(Optimizer):
             "delta": delta,
             "wd_ratio": wd_ratio,
             "nesterov": nesterov,
+            "state_dtype": state_dtype,
+            "weight_rounding": weight_rounding,
+            "seed": seed,
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,

@@ -14,14 +14,18 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ext import functional
+from lightning_ext.optim._low_bit._moments import StateDtype, first_moment, second_moment
+from lightning_ext.optim._low_bit._saved import saves_moments
 from lightning_ext.optim._step._checks import check_groups, checks_groups
 from lightning_ext.optim._step._closure import Closure, closure_loss
-from lightning_ext.optim._step._rows import rows, update, zeros
+from lightning_ext.optim._step._rows import rows
+from lightning_ext.optim._step._update import update
 
-_STATES = {"exp_avg": zeros, "exp_avg_sq": zeros, "previous_grad": zeros}
+_STATES = {"exp_avg": first_moment, "exp_avg_sq": second_moment, "previous_grad": first_moment}
 _SETTINGS = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
 
 
+@saves_moments(_STATES)
 @checks_groups()
 class DiffGrad(Optimizer):
     r"""Adam whose steps are held back, at most by half, where two gradients in a row are alike.
@@ -40,6 +44,8 @@ class DiffGrad(Optimizer):
         eps: ε.
         weight_decay: λ.
         decoupled_weight_decay: False, an L2 penalty as published; True, AdamW's decay.
+        state_dtype: format of the moments; that of the parameter where ``None``. Vectors and
+            tensors of at most 4096 entries stay in float32.
         maximize: climb instead of descend.
         foreach: False updates one parameter after the other by the plain formula, anything else
             all at once.
@@ -68,6 +74,7 @@ class DiffGrad(Optimizer):
         weight_decay: float = 0.0,
         *,
         decoupled_weight_decay: bool = False,
+        state_dtype: StateDtype | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
@@ -77,6 +84,7 @@ class DiffGrad(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "state_dtype": state_dtype,
             "maximize": maximize,
             "foreach": foreach,
         }

@@ -17,15 +17,18 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ext import functional
-from lightning_ext.optim._step._checks import AT_LEAST_0, SHARE, Range, check_groups, checks_groups
+from lightning_ext.optim._low_bit._moments import Moment, StateDtype, first_moment, moment_from
+from lightning_ext.optim._low_bit._saved import saves_moments
+from lightning_ext.optim._step._checks import AT_LEAST_0, SHARE, check_groups, checks_groups
 from lightning_ext.optim._step._closure import Closure, closure_loss
-from lightning_ext.optim._step._rows import rows, update
-from lightning_ext.optim._step._shards import largest, split_as
+from lightning_ext.optim._step._rows import rows
+from lightning_ext.optim._step._shards import largest, local_part, split_as
+from lightning_ext.optim._step._update import update
 
-_SEED = Range(lambda x: isinstance(x, int) and 0 <= x < 2**64, "be a whole number in [0, 2**64)")
-_RANGES = {"alpha": AT_LEAST_0, "beta": SHARE, "seed": _SEED}
+_RANGES = {"alpha": AT_LEAST_0, "beta": SHARE}
 
 
+@saves_moments({"velocity": first_moment})
 @checks_groups(_RANGES)
 class Gravity(Optimizer):
     r"""Steps by an average of gradients, of which the largest of a tensor are held back.
@@ -47,6 +50,8 @@ class Gravity(Optimizer):
             for that of the step, and is 0 where that is; for both as ``BatchScaling`` scales them.
         beta: β in [0, 1).
         seed: of V₀; a group may have its own.
+        state_dtype: format of the moments; that of the parameter where ``None``. Vectors and
+            tensors of at most 4096 entries stay in float32.
         maximize: climb instead of descend.
         foreach: False updates one parameter after the other by the plain formula, anything else
             all at once.
@@ -74,6 +79,7 @@ class Gravity(Optimizer):
         beta: float = 0.9,
         *,
         seed: int = 0,
+        state_dtype: StateDtype | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
@@ -82,6 +88,7 @@ class Gravity(Optimizer):
             "alpha": alpha,
             "beta": beta,
             "seed": seed,
+            "state_dtype": state_dtype,
             "maximize": maximize,
             "foreach": foreach,
         }
@@ -111,7 +118,7 @@ class Gravity(Optimizer):
             )
         return loss
 
-    def _first_velocity(self, group: dict[str, Any], param: Tensor) -> Tensor:
+    def _first_velocity(self, group: dict[str, Any], param: Tensor) -> Moment:
         """A draw that depends on nothing but the seed and the parameter's place."""
         params = chain.from_iterable(x["params"] for x in self.param_groups)
         place = next(i for i, x in enumerate(params) if x is param)
@@ -121,5 +128,5 @@ class Gravity(Optimizer):
         whole = torch.randn(param.shape, generator=draw, dtype=torch.float32, device="cpu")
         # A schedule may begin near 0; V₀ of that rate would move weights far once it has grown.
         rate = float(group.get("initial_lr", 0.0)) or float(group["lr"])
-        velocity = torch.empty_like(param, memory_format=torch.preserve_format)
-        return velocity.copy_(split_as(whole * (group["alpha"] / rate if rate else 0.0), param))
+        velocity = split_as(whole * (group["alpha"] / rate if rate else 0.0), param)
+        return moment_from(local_part(velocity), param, group, signed=True)

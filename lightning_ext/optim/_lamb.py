@@ -15,17 +15,26 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ext import functional, kernels
+from lightning_ext.optim._low_bit._moments import (
+    StateDtype,
+    WeightRounding,
+    first_moment,
+    second_moment,
+)
+from lightning_ext.optim._low_bit._saved import saves_moments
 from lightning_ext.optim._step._checks import ABOVE_0, AT_LEAST_0, check_groups, checks_groups
 from lightning_ext.optim._step._closure import Closure, closure_loss
-from lightning_ext.optim._step._rows import Rows, rows, update, zeros
+from lightning_ext.optim._step._rows import Rows, rows
 from lightning_ext.optim._step._shards import reduction
 from lightning_ext.optim._step._sq_norm import sq_norm
+from lightning_ext.optim._step._update import update
 from lightning_ext.optim._step._vectors import warn_of_vectors
 
-_STATES = {"exp_avg": zeros, "exp_avg_sq": zeros}
+_STATES = {"exp_avg": first_moment, "exp_avg_sq": second_moment}
 _RANGES = {"max_grad_norm": ABOVE_0, "trust_clip": ABOVE_0, "norm_range": AT_LEAST_0}
 
 
+@saves_moments(_STATES)
 @checks_groups(_RANGES)
 class LAMB(Optimizer):
     r"""Adam with layer-wise rates, for large batches.
@@ -50,6 +59,11 @@ class LAMB(Optimizer):
         norm_range: smallest and largest value of φ; φ(z) = z without it.
         trust_clip: the largest ratio.
         bias_correction: of both moments; the paper's last version leaves it to the warm-up.
+        state_dtype: format of the moments; that of the parameter where ``None``. Vectors and
+            tensors of at most 4096 entries stay in float32.
+        weight_rounding: of weights in bfloat16: at random, or with the error kept in an int8
+            beside each ("compensated").
+        seed: of what is rounded at random.
         maximize: climb instead of descend.
         foreach: False updates one parameter after the other by the plain formula, anything else
             all at once.
@@ -83,6 +97,9 @@ class LAMB(Optimizer):
         norm_range: tuple[float, float] | None = None,
         trust_clip: float | None = None,
         bias_correction: bool = True,
+        state_dtype: StateDtype | None = None,
+        weight_rounding: WeightRounding = "nearest",
+        seed: int = 0,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -101,6 +118,9 @@ class LAMB(Optimizer):
             "norm_range": norm_range,
             "trust_clip": trust_clip,
             "bias_correction": bias_correction,
+            "state_dtype": state_dtype,
+            "weight_rounding": weight_rounding,
+            "seed": seed,
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,

@@ -14,13 +14,16 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ext import functional, kernels
+from lightning_ext.optim._low_bit._moments import StateDtype, WeightRounding, first_moment
+from lightning_ext.optim._low_bit._saved import saves_moments
 from lightning_ext.optim._step._checks import ABOVE_0, check_groups, checks_groups
 from lightning_ext.optim._step._closure import Closure, closure_loss
-from lightning_ext.optim._step._rows import rows, update, zeros
+from lightning_ext.optim._step._rows import rows
 from lightning_ext.optim._step._shards import reduction
+from lightning_ext.optim._step._update import update
 from lightning_ext.optim._step._vectors import warn_of_vectors
 
-_STATES = {"momentum_buffer": zeros}
+_STATES = {"momentum_buffer": first_moment}
 _RANGES = {"trust_coefficient": ABOVE_0}
 _SETTINGS = (
     "lr",
@@ -36,6 +39,7 @@ _SETTINGS = (
 )
 
 
+@saves_moments(_STATES)
 @checks_groups(_RANGES)
 class LARS(Optimizer):
     r"""Momentum SGD with layer-wise rates, for large batches.
@@ -60,6 +64,11 @@ class LARS(Optimizer):
         nesterov: look ahead.
         lr_in_momentum: keep the rate inside of the momentum, as the paper does: after a change of
             the rate it goes on for some steps at the old one.
+        state_dtype: format of the moments; that of the parameter where ``None``. Vectors and
+            tensors of at most 4096 entries stay in float32.
+        weight_rounding: of weights in bfloat16: at random, or with the error kept in an int8
+            beside each ("compensated").
+        seed: of what is rounded at random.
         maximize: climb instead of descend.
         foreach: False updates one parameter after the other by the plain formula, anything else
             all at once.
@@ -92,6 +101,9 @@ class LARS(Optimizer):
         larc: bool = False,
         nesterov: bool = False,
         lr_in_momentum: bool = False,
+        state_dtype: StateDtype | None = None,
+        weight_rounding: WeightRounding = "nearest",
+        seed: int = 0,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -106,6 +118,9 @@ class LARS(Optimizer):
             "larc": larc,
             "nesterov": nesterov,
             "lr_in_momentum": lr_in_momentum,
+            "state_dtype": state_dtype,
+            "weight_rounding": weight_rounding,
+            "seed": seed,
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,

@@ -13,13 +13,21 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ext import functional, kernels
+from lightning_ext.optim._low_bit import _bitsandbytes
+from lightning_ext.optim._low_bit._moments import Backend, StateDtype, WeightRounding, first_moment
+from lightning_ext.optim._low_bit._saved import saves_moments
 from lightning_ext.optim._step._checks import check_groups, checks_groups
 from lightning_ext.optim._step._closure import Closure, closure_loss
-from lightning_ext.optim._step._rows import rows, update, zeros
+from lightning_ext.optim._step._rows import rows
+from lightning_ext.optim._step._update import update
 
-_STATES = {"exp_avg": zeros}
+_STATES = {"exp_avg": first_moment}
 
 
+_STEPS = {None: kernels.lion_update_, "bitsandbytes": _bitsandbytes.lion_update_}
+
+
+@saves_moments(_STATES)
 @checks_groups()
 class Lion(Optimizer):
     r"""Every entry moves by the rate, along the sign of β₁m + (1 − β₁)g.
@@ -35,6 +43,14 @@ class Lion(Optimizer):
         betas: β₁ and β₂, each in [0, 1); the paper takes (0.95, 0.98) for language models where
             training is not stable.
         weight_decay: λ, decoupled; 3 to 10 times above AdamW's, so that lr·λ is the same.
+        state_dtype: format of the moments; that of the parameter where ``None``. Vectors and
+            tensors of at most 4096 entries stay in float32.
+        weight_rounding: of weights in bfloat16: at random, or with the error kept in an int8
+            beside each ("compensated").
+        seed: of what is rounded at random.
+        backend: "bitsandbytes" for its step of "int8" states, which are the same.
+        paged: whether states lie in pages that go between a GPU's memory and the host's;
+            bitsandbytes' again.
         maximize: climb instead of descend.
         foreach: False updates one parameter after the other by the plain formula, anything else
             all at once.
@@ -62,6 +78,11 @@ class Lion(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
+        state_dtype: StateDtype | None = None,
+        weight_rounding: WeightRounding = "nearest",
+        seed: int = 0,
+        backend: Backend = None,
+        paged: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -70,6 +91,11 @@ class Lion(Optimizer):
             "lr": lr,
             "betas": betas,
             "weight_decay": weight_decay,
+            "state_dtype": state_dtype,
+            "weight_rounding": weight_rounding,
+            "seed": seed,
+            "backend": backend,
+            "paged": paged,
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
@@ -91,7 +117,7 @@ class Lion(Optimizer):
         loss = closure_loss(closure)
         for group in self.param_groups:
             update(
-                kernels.lion_update_,
+                _STEPS[group["backend"]],
                 functional.lion_update,
                 rows(self, group, _STATES),
                 {name: group[name] for name in ("lr", "betas", "weight_decay", "maximize")},

@@ -17,14 +17,18 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ext import functional
+from lightning_ext.optim._low_bit._moments import StateDtype, first_moment, second_moment
+from lightning_ext.optim._low_bit._saved import saves_moments
 from lightning_ext.optim._step._checks import check_groups, checks_groups
 from lightning_ext.optim._step._closure import Closure, closure_loss
-from lightning_ext.optim._step._rows import rows, update, zeros
+from lightning_ext.optim._step._rows import rows
 from lightning_ext.optim._step._shards import reduction
+from lightning_ext.optim._step._update import update
 
-_STATES = {"exp_avg": zeros, "exp_avg_sq": zeros}
+_STATES = {"exp_avg": first_moment, "exp_avg_sq": second_moment}
 
 
+@saves_moments(_STATES)
 @checks_groups()
 class MTAdamW(Optimizer):
     r"""AdamW for steps each of which is of one task k, drawn with a probability s_k.
@@ -50,6 +54,8 @@ class MTAdamW(Optimizer):
         tasks: of each name the probability s, above 0, and the weight ω, at least 0; the
             probabilities of all sum up to 1. Without it there is one task, and this is AdamW of
             gradients of norm 1.
+        state_dtype: format of the moments; that of the parameter where ``None``. Vectors and
+            tensors of at most 4096 entries stay in float32.
         maximize: climb instead of descend.
         foreach: False updates one parameter after the other by the plain formula, anything else
             all at once.
@@ -81,6 +87,7 @@ class MTAdamW(Optimizer):
         weight_decay: float = 1e-2,
         *,
         tasks: Mapping[str, tuple[float, float]] | None = None,
+        state_dtype: StateDtype | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
@@ -92,6 +99,7 @@ class MTAdamW(Optimizer):
             "weight_decay": weight_decay,
             "tasks": checked,
             "task": next(iter(checked)) if len(checked) == 1 else "",
+            "state_dtype": state_dtype,
             "maximize": maximize,
             "foreach": foreach,
             "decoupled_weight_decay": True,

@@ -15,12 +15,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ext import functional
+from lightning_ext.optim._low_bit._moments import StateDtype, first_moment
+from lightning_ext.optim._low_bit._saved import saves_moments
 from lightning_ext.optim._step._checks import AT_LEAST_0, UP_TO_1, check_groups, checks_groups
 from lightning_ext.optim._step._closure import Closure, closure_loss
-from lightning_ext.optim._step._rows import rows, update, zeros
+from lightning_ext.optim._step._rows import rows
 from lightning_ext.optim._step._shards import check_rows_whole, reduction
+from lightning_ext.optim._step._update import update
 
-_STATES = {"momentum_buffer": zeros}
+_STATES = {"momentum_buffer": first_moment}
 _RANGES = {"delta": AT_LEAST_0, "wd_ratio": UP_TO_1}
 _SETTINGS = (
     "lr",
@@ -34,6 +37,7 @@ _SETTINGS = (
 )
 
 
+@saves_moments(_STATES)
 @checks_groups(_RANGES)
 class SGDP(Optimizer):
     r"""Momentum SGD whose steps are tangential where the loss does not depend on the weights' norm.
@@ -58,6 +62,8 @@ class SGDP(Optimizer):
         delta: δ; 0 projects nothing.
         wd_ratio: ρ where the step is projected, in [0, 1].
         nesterov: look ahead: take g + μb for b in the step.
+        state_dtype: format of the moments; that of the parameter where ``None``. Vectors and
+            tensors of at most 4096 entries stay in float32.
         maximize: climb instead of descend.
         foreach: False updates one parameter after the other by the plain formula, anything else
             all at once.
@@ -88,6 +94,7 @@ class SGDP(Optimizer):
         delta: float = 0.1,
         wd_ratio: float = 0.1,
         nesterov: bool = False,
+        state_dtype: StateDtype | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
@@ -100,6 +107,7 @@ class SGDP(Optimizer):
             "delta": delta,
             "wd_ratio": wd_ratio,
             "nesterov": nesterov,
+            "state_dtype": state_dtype,
             "maximize": maximize,
             "foreach": foreach,
         }

@@ -14,6 +14,7 @@ import torch
 from harness.adaptive_contracts import ADAPTIVE_CONTRACTS
 from harness.bounded_contracts import BOUNDED_CONTRACTS
 from harness.feedback_contracts import FEEDBACK_CONTRACTS
+from harness.low_rank_contracts import LOW_RANK_CONTRACTS
 from harness.normuon_contracts import NORMUON_CONTRACTS
 from harness.second_order_contracts import SECOND_ORDER_CONTRACTS
 from harness.sharpness_contracts import SHARPNESS_CONTRACTS
@@ -61,6 +62,7 @@ from lightning_ext.functional import (
     mean_gradient_snr,
     merge_logsumexp,
     newton_schulz,
+    normalized_singular_values,
     nt_xent_loss,
     orthogonalize,
     pack_signs,
@@ -74,6 +76,7 @@ from lightning_ext.functional import (
     round_stochastic,
     sample_sq_norms,
     saved_bytes,
+    scale_state_,
     siglip_grads,
     siglip_loss,
     small_gram,
@@ -81,6 +84,8 @@ from lightning_ext.functional import (
     split_weight,
     sq_norms,
     state_bytes,
+    state_from_rows,
+    state_to_rows,
     sum_signs,
     total_sq_norm,
     trace_sqrt,
@@ -684,6 +689,28 @@ def _svd_orthogonalize() -> tuple[Tensor, Tensor]:
     return orthogonalize(x).round(decimals=2) + 0.0, (u @ vh).round(decimals=2) + 0.0
 
 
+def _grad_normalized_singular_values() -> bool:
+    return torch.autograd.gradcheck(normalized_singular_values, _matrices().requires_grad_())
+
+
+def _hand_normalized_singular_values() -> tuple[Tensor, list[Any]]:
+    weight = torch.stack([torch.diag(torch.tensor([3.0, -1.0, 2.0])), -torch.eye(3)])
+    return normalized_singular_values(weight).round(decimals=6), [[1, 0.5, 0], [1, 1, 1]]
+
+
+def _rotation_normalized_singular_values() -> tuple[Tensor, Tensor]:
+    x = _matrices()
+    rotated = -7 * _rotation(3) @ x @ _rotation(5)
+    return normalized_singular_values(rotated), normalized_singular_values(x)
+
+
+def _numpy_normalized_singular_values() -> tuple[Tensor, Any]:
+    x = _matrices()
+    values = np.linalg.svd(x.numpy(), compute_uv=False)
+    low, high = values.min(-1, keepdims=True), values.max(-1, keepdims=True)
+    return normalized_singular_values(x), (values - low) / (high - low)
+
+
 def _norm_inputs() -> list[Tensor]:
     shapes = ((3, 4, 5), (5,), (5,))
     return [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
@@ -1102,6 +1129,37 @@ def _encoded_zero_state() -> tuple[Tensor, Tensor]:
     return flat[0], flat[1]
 
 
+def _scaled(x: Tensor, format: str, signed: bool, factor: float) -> Tensor:
+    state = encode_state(x, format, signed=signed)
+    scale_state_(state, factor)
+    return decode_state(state)
+
+
+def _grad_scale_state() -> bool:
+    state = encode_state(torch.randn(3), "fp8")
+    scale_state_(state, 2.0)
+    return _no_gradient(state.codes, state.scales)
+
+
+def _hand_scale_state() -> tuple[Tensor, list[float]]:
+    state = torch.tensor([1.0, -2.0])
+    scale_state_(state, 0.5)
+    return state, [0.5, -1.0]
+
+
+def _undone_scale_state() -> tuple[Tensor, Tensor]:
+    x = torch.randn(3, 50).abs()
+    formats = [("float32", True), *STATES]
+    found = [_scaled(x, kind, signed, 8.0) / 8.0 for kind, signed in formats]
+    return _flat(found), _flat([_scaled(x, kind, signed, 1.0) for kind, signed in formats])
+
+
+def _decoded_scale_state() -> tuple[Tensor, Tensor]:
+    x = torch.randn(3, 50).abs()
+    read = [decode_state(encode_state(x, kind, signed=signed)) * 0.25 for kind, signed in STATES]
+    return _flat([_scaled(x, kind, signed, 0.25) for kind, signed in STATES]), _flat(read)
+
+
 def _grad_state_bytes() -> bool:
     return isinstance(state_bytes(zero_state((3,), "int8")), int)
 
@@ -1139,6 +1197,63 @@ def _numpy_export_state() -> tuple[Tensor, np.ndarray]:
     strings = "".join(f"{byte:08b}"[::-1] for byte in state.codes.tolist())
     codes = [int(strings[4 * i : 4 * i + 4][::-1], 2) for i in range(15)]
     return export_state(state)["codes"], np.array(codes).reshape(3, 5)
+
+
+def _coded() -> list[QuantizedState]:
+    return [_state(*kind, (5, 3, 50)) for kind in STATES if kind[0] in ("int8", "int4", "fp8")]
+
+
+def _from_rows(rows: dict[str, Tensor], like: QuantizedState) -> QuantizedState:
+    return state_from_rows(rows, like.format, signed=like.signed)
+
+
+def _grad_state_to_rows() -> bool:
+    return _no_gradient(*(x for state in _coded() for x in state_to_rows(state).values()))
+
+
+def _grad_state_from_rows() -> bool:
+    back = [_from_rows(state_to_rows(x), x) for x in _coded()]
+    return _no_gradient(*(y for x in back for y in x[:2]))
+
+
+def _hand_state_to_rows() -> tuple[Tensor, list[list[float]]]:
+    x = torch.arange(600.0).view(3, 200)
+    return state_to_rows(encode_state(x, "int8"))["scales"], [[255, 511], [255, 511], [511, 599]]
+
+
+def _scaled_state_to_rows() -> tuple[Tensor, Tensor]:
+    states = _coded()
+    rows = [state_to_rows(x)["codes"] for x in states]
+    larger = [state_to_rows(x._replace(scales=x.scales * 2))["codes"] for x in states]
+    return _flat(larger), _flat(rows)
+
+
+def _numpy_state_to_rows() -> tuple[Tensor, np.ndarray]:
+    x = torch.randn(7, 150).abs()
+    most = np.array([part.max() for part in np.split(x.view(-1).numpy(), range(128, 1050, 128))])
+    met = np.minimum(np.arange(7)[:, None] * 150 // 128 + np.arange(3), len(most) - 1)
+    return state_to_rows(encode_state(x, "int4"))["scales"], most[met]
+
+
+def _hand_state_from_rows() -> tuple[Tensor, list[int]]:
+    rows = {"codes": torch.tensor([[12, 0], [7, 15]], dtype=torch.uint8)}
+    rows |= {"scales": torch.ones(2, 2), "offsets": torch.tensor([0, 2], dtype=torch.int16)}
+    return state_from_rows(rows, "int4").codes, [12, 7 + 16 * 15]
+
+
+def _round_trip_state_from_rows() -> tuple[Tensor, Tensor]:
+    made = _coded()
+    back = [_from_rows(state_to_rows(x), x) for x in made]
+    both = [_flat([y for x in states for y in x[:2]]) for states in (back, made)]
+    return both[0], both[1]
+
+
+def _sliced_state_from_rows() -> tuple[Tensor, Tensor]:
+    """Of rows of whole blocks some are by themselves what they were."""
+    whole = [encode_state(torch.randn(4, 256), format) for format in ("int8", "int4", "fp8")]
+    parts = [{k: x[1:3] for k, x in state_to_rows(state).items()} for state in whole]
+    read = [decode_state(_from_rows(*pair)) for pair in zip(parts, whole, strict=True)]
+    return _flat(read), _flat([decode_state(state)[1:3] for state in whole])
 
 
 def _hand_import_state() -> tuple[Tensor, list[int]]:
@@ -2090,6 +2205,21 @@ CONTRACTS = {
     "state_bytes": Contract(
         _grad_state_bytes, _hand_state_bytes, _doubled_state_bytes, _storage_state_bytes
     ),
+    "scale_state_": Contract(
+        _grad_scale_state, _hand_scale_state, _undone_scale_state, _decoded_scale_state
+    ),
+    "state_to_rows": Contract(
+        _grad_state_to_rows,
+        _hand_state_to_rows,
+        _scaled_state_to_rows,
+        _numpy_state_to_rows,
+    ),
+    "state_from_rows": Contract(
+        _grad_state_from_rows,
+        _hand_state_from_rows,
+        _round_trip_state_from_rows,
+        _sliced_state_from_rows,
+    ),
     "export_state": Contract(
         lambda: _grad_through(lambda x: export_state(x)["scales"]),
         _hand_export_state,
@@ -2213,6 +2343,12 @@ CONTRACTS = {
         _grad_layer_norm, _hand_layer_norm, _affine_layer_norm, _torch_layer_norm
     ),
     "rms_norm": Contract(_grad_rms_norm, _hand_rms_norm, _scaled_rms_norm, _torch_rms_norm),
+    "normalized_singular_values": Contract(
+        _grad_normalized_singular_values,
+        _hand_normalized_singular_values,
+        _rotation_normalized_singular_values,
+        _numpy_normalized_singular_values,
+    ),
     "newton_schulz": Contract(
         _grad_newton_schulz, _hand_newton_schulz, _rotation_newton_schulz, _svd_newton_schulz
     ),
@@ -2302,6 +2438,7 @@ CONTRACTS |= {name: Contract(*four) for name, four in UNIT_CONTRACTS.items()}
 CONTRACTS |= {name: Contract(*four) for name, four in SECOND_ORDER_CONTRACTS.items()}
 CONTRACTS |= {name: Contract(*four) for name, four in ADAPTIVE_CONTRACTS.items()}
 CONTRACTS |= {name: Contract(*four) for name, four in SHARPNESS_CONTRACTS.items()}
+CONTRACTS |= {name: Contract(*four) for name, four in LOW_RANK_CONTRACTS.items()}
 CONTRACTS |= {name: Contract(*four) for name, four in NORMUON_CONTRACTS.items()}
 CONTRACTS |= {name: Contract(*four) for name, four in WRAPPER_CONTRACTS.items()}
 CONTRACTS |= {name: Contract(*four) for name, four in FEEDBACK_CONTRACTS.items()}

@@ -201,7 +201,7 @@ def step_of_columns(name: str) -> str:
 @pytest.mark.parametrize("name", ["AdamP", "SGDP"])
 def test_rows_that_are_split_over_ranks_are_refused(name: str) -> None:
     for found in run_distributed(step_of_columns, 2, args=(name,)):
-        assert f"{name} takes sums of rows, and parameter 0 of shape (4, 6)" in found
+        assert f"{name} needs whole rows, and parameter 0 of shape (4, 6)" in found
         assert "Shard(dim=1)" in found
 
 

@@ -185,8 +185,9 @@ def _values(part: str, optimizer: str, *, interrupted_after: int | None = None) 
     return torch.cat([parameter.detach() for parameter in run.parameters])
 
 
-# Works on a DistributedDataParallel and on no optimizer: tested beside DistributedLion.
-ELSEWHERE = {"keep_local_gradients"}
+# Works on a DistributedDataParallel and on no optimizer: tested beside DistributedLion. Reads
+# weights before there is an optimizer: tested in a file of its own.
+ELSEWHERE = {"keep_local_gradients", "welore_ranks"}
 
 
 def test_every_public_name_has_a_contract() -> None:

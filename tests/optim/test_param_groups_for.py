@@ -243,7 +243,9 @@ def test_lazy_parameters_are_refused() -> None:
 def test_optimizers_that_these_groups_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"matrices alone.*beta2=None"):
         param_groups_for(Model(), torch.optim.Muon)
-    with pytest.raises(ValueError, match="SGD has no such"):
+    with pytest.raises(
+        ValueError, match=r"adamw= for NorMuon, GaLore and its family; SGD has no such"
+    ):
         param_groups_for(Model(), torch.optim.SGD, muon=["tokens"])
     with pytest.raises(ValueError, match="Rprop has no setting 'weight_decay'"):
         param_groups_for(Model(), torch.optim.Rprop, weight_decay=0.1)

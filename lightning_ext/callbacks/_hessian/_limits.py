@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, Optimizer
 
-from lightning_ext import scaling
+from lightning_ext import functional, scaling
+from lightning_ext.optim import LowBitAdamW
 
 
 class StepLimit(NamedTuple):
@@ -44,7 +45,7 @@ def step_limit(
     """Reads the limit; its learning rate is the first group's, those of others go with it.
 
     Args:
-        optimizer: SGD, Adam or AdamW.
+        optimizer: SGD, Adam, AdamW or LowBitAdamW.
         parameters: In the order of the Hessian.
         dtype: Of the scales.
 
@@ -52,7 +53,7 @@ def step_limit(
         ``None`` for another optimizer, one that maximizes, or one that has not stepped yet.
     """
     groups = optimizer.param_groups
-    if not isinstance(optimizer, (SGD, Adam)) or any(g["maximize"] for g in groups):
+    if not isinstance(optimizer, (SGD, Adam, LowBitAdamW)) or any(g["maximize"] for g in groups):
         return None
     of = {id(p): group for group in groups for p in group["params"]}
     first, allowed = float(groups[0]["lr"]), _allowed(groups[0])
@@ -91,6 +92,7 @@ def _inverse_root(
     square = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
     if square is None:
         return None
-    corrected = square.to(dtype) / (1 - float(group["betas"][1]) ** float(state["step"]))
+    left = 1 - float(group["betas"][1]) ** float(state["step"])
+    corrected = functional.decode_state(square).to(dtype) / left
     root: Tensor = (corrected.sqrt() + group["eps"]).rsqrt()
     return root

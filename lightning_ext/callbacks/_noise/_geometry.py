@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from lightning_ext._lightning import View
 from lightning_ext.callbacks._noise._geometry_sums import KINDS, Counts, Norms
 from lightning_ext.callbacks._noise._parameter_groups import ParameterGroups
-from lightning_ext.optim import base_optimizer
+from lightning_ext.optim import CAME, base_optimizer
 
 _SIGN_LIKE = (
     *("adam", "nadam", "radam", "sparseadam", "rmsprop", "lion", "sign"),
-    *("lamb", "diffgrad", "distributedlion", "mtadam", "accumadam"),
+    *("lamb", "diffgrad", "distributedlion", "mtadam", "accumadam", "lowbitadam", "came"),
 )
 
 
@@ -167,9 +167,15 @@ def _measured(
             " matrices, of the groups with algorithm='muon' if there are any. Hint:"
             " geometry='euclidean'."
         )
-    if geometry == "adam" and not all("betas" in group for group in found.values()):
+    if geometry == "adam" and not all(_has_adams(optimizer, group) for group in found.values()):
         raise MisconfigurationException(
-            f"geometry='adam' reads Adam's second moment, and {type(optimizer).__name__} has no"
-            " betas. Hint: geometry='l1' for other optimizers that step by the sign."
+            f"geometry='adam' reads Adam's second moment, and {type(optimizer).__name__} has none"
+            " of each entry. Hint: geometry='l1' for other optimizers that step by the sign."
         )
     return found
+
+
+def _has_adams(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether a group has Adam's second moment of each entry."""
+    factored = isinstance(base_optimizer(optimizer), CAME)
+    return "betas" in group and group.get("algorithm") != "low_rank" and not factored

@@ -167,7 +167,8 @@ class PreconditionedSums(AbsoluteSums):
             self.squares, [mean], samples, sum(counts.parts)
         )
         beta2, step = float(self._group["betas"][1]), float(self._state["step"])
-        second = self._state.get("max_exp_avg_sq", self._state["exp_avg_sq"])
+        kept = self._state.get("max_exp_avg_sq", self._state["exp_avg_sq"])
+        second = functional.decode_state(kept)
         factor = functional.adam_preconditioned(
             torch.ones_like(mean),
             torch.maximum(second.to(variance), variance * (_LEAST * (1 - beta2**step) / samples)),

@@ -7,9 +7,15 @@ import warnings
 import torch
 from torch.optim import Optimizer
 
+from lightning_ext.functional import scale_state_
 from lightning_ext.optim._batch._base_optimizer import base_optimizer
 from lightning_ext.optim._batch._group import normalizes_gradient
 from lightning_ext.scaling import momentum_buffer_scale, scale_step_count
+
+_SECOND_MOMENTS = (
+    *("exp_avg_sq", "max_exp_avg_sq", "square_avg"),
+    *("sq_row", "sq_col", "length_avg_sq"),
+)
 
 
 def divide_step_counts(optimizer: Optimizer, ratio: float) -> None:
@@ -34,9 +40,13 @@ def scale_second_moments(optimizer: Optimizer, factor: float) -> None:
     if normalizes_gradient(optimizer):
         return
     for state in optimizer.state.values():
-        for name in ("exp_avg_sq", "max_exp_avg_sq", "square_avg"):
-            if name in state:
-                state[name].mul_(factor)
+        for key, kept in state.items():
+            name, _, format = key.partition(".")  # of what lives in a subspace, the format behind
+            if name in _SECOND_MOMENTS and not format:
+                scale_state_(kept, factor)
+            elif name in _SECOND_MOMENTS and format.endswith("_scales"):
+                scales = kept[:, 0] if format.startswith("fp8") else kept
+                scales.mul_(factor)
 
 
 def scale_momentum_buffers(optimizer: Optimizer, previous: float, kappa: float) -> None:
@@ -55,7 +65,7 @@ def scale_momentum_buffers(optimizer: Optimizer, previous: float, kappa: float) 
         for parameter in group["params"]:
             buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
             if buffer is not None:
-                buffer.mul_(new / old)
+                scale_state_(buffer, new / old)
 
 
 def warn_of_clamping(global_batch: float, noise_scale: float, rule: str) -> None:

@@ -25,7 +25,8 @@ from lightning_ext.optim._distributed._lion_votes import directions, follow, vot
 from lightning_ext.optim._distributed._ranks import gather_states, rank_and_size, take_states
 from lightning_ext.optim._step._checks import check_groups, checks_groups
 from lightning_ext.optim._step._closure import Closure, closure_loss
-from lightning_ext.optim._step._rows import rows, update, zeros
+from lightning_ext.optim._step._rows import rows, zeros
+from lightning_ext.optim._step._update import update
 
 _STATES = {"exp_avg": zeros}
 _SETTINGS = ("lr", "betas", "weight_decay", "maximize")

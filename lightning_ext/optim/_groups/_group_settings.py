@@ -20,6 +20,7 @@ from lightning_ext.optim._distributed._distributed_lion import DistributedLion
 from lightning_ext.optim._groups._parameter_roles import Named, bare
 from lightning_ext.optim._lamb import LAMB
 from lightning_ext.optim._lars import LARS
+from lightning_ext.optim._low_rank._low_rank import LowRank
 from lightning_ext.optim._matrix._normuon import NorMuon
 from lightning_ext.optim._polyak_sgd import PolyakSGD
 from lightning_ext.optim._wrappers._wrapper import Wrapper
@@ -82,6 +83,17 @@ def has_trust_ratio(optimizer: type[Optimizer]) -> bool:
     """
     known = inspect.signature(optimizer).parameters
     return issubclass(optimizer, (LAMB, LARS)) or "trust_ratio" in known
+
+
+def matrix_algorithm(optimizer: type[Optimizer]) -> str | None:
+    """Return what groups of an optimizer call its own way with matrices; ``None`` without groups.
+
+    Args:
+        optimizer: its class.
+    """
+    if issubclass(optimizer, NorMuon):
+        return "muon"
+    return "low_rank" if issubclass(optimizer, LowRank) else None
 
 
 def check_overrides(overrides: Any) -> dict[str, Mapping[str, Any]]:
@@ -179,7 +191,7 @@ def _known(optimizer: type[Optimizer]) -> list[str] | None:
     if any(x.kind is x.VAR_KEYWORD for x in signature):
         return None
     trust = ["trust_ratio"] if has_trust_ratio(optimizer) else []
-    algorithm = ["algorithm"] if issubclass(optimizer, NorMuon) else []
+    algorithm = ["algorithm"] if matrix_algorithm(optimizer) else []
     return [*[x.name for x in signature][1:], *trust, *algorithm]
 
 

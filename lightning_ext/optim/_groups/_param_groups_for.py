@@ -23,12 +23,15 @@ from lightning_ext.optim._groups._group_settings import (
     check_settings,
     has_trust_ratio,
     matched,
+    matrix_algorithm,
 )
 from lightning_ext.optim._groups._output_layers import Outputs, output_layers
 from lightning_ext.optim._groups._parameter_roles import Named, Role, role_of, trained
 from lightning_ext.optim._matrix._normuon import NorMuon
 
 _WITHOUT_DECAY = ("norm", "vector")
+_WHERE = {"muon": "Muon", "low_rank": "a subspace"}  # where matrices go
+_LOW_RANK = 'overrides={"...": {"algorithm": "low_rank"}}'
 
 
 def param_groups_for(
@@ -49,8 +52,9 @@ def param_groups_for(
     decay, and no trust ratio in an optimizer with trust ratios, as ``LAMB`` and ``LARS`` are. For
     ``NorMuon`` the matrices of linear layers, convolutions, attention and recurrent layers are in
     groups with ``algorithm="muon"``; embeddings, output layers and all else are in groups with
-    ``"adamw"``, also other parameters of two dimensions, of which it warns. Tied weights are in one
-    group, once, as embeddings if one of the modules is one. Frozen parameters are in none.
+    ``"adamw"``, also other parameters of two dimensions, of which it warns. For ``GaLore`` and its
+    family it is the same with ``algorithm="low_rank"``. Tied weights are in one group, once, as
+    embeddings if one of the modules is one. Frozen parameters are in none.
 
     What is called a pattern names parameters or the modules that have them, ``"blocks.0"`` or
     ``"blocks.*.mlp.*"``, as in ``fnmatch``; ``torch.compile`` does not change what it matches.
@@ -63,9 +67,11 @@ def param_groups_for(
             called ``head``, ``classifier`` or ``logits``, also ``lm_head``, or ``out``,
             ``output``, ``classes`` or ``decoder``, nearest to the root and in no repeated block;
             or else those with the weight of an embedding, or the only ``fc``; or else the last
-            linear layer that was registered, of which ``NorMuon``'s groups warn.
-        muon: patterns of what has ``algorithm="muon"`` nevertheless.
-        adamw: patterns of what has ``algorithm="adamw"`` nevertheless.
+            linear layer that was registered, of which groups for matrices warn.
+        muon: patterns of what has ``algorithm="muon"`` nevertheless, in ``NorMuon``; ``GaLore`` and
+            its family take ``overrides={"...": {"algorithm": "low_rank"}}``.
+        adamw: patterns of what has ``algorithm="adamw"`` nevertheless, in ``NorMuon``, and in
+            ``GaLore`` and its family.
         no_decay: patterns of what has no weight decay either.
         overrides: settings by pattern; later ones override earlier ones. For ``NorMuon``
             ``adamw_lr`` is the rate of what goes to AdamW.
@@ -77,8 +83,9 @@ def param_groups_for(
     Raises:
         TypeError: if ``optimizer`` is no class of optimizers, or wraps one, or an argument is of
             another type.
-        ValueError: if a pattern matches nothing, a vector is sent to Muon, a setting is not one of
-            the optimizer's groups, a parameter has no shape yet, or nothing is trained.
+        ValueError: if a pattern matches nothing, a vector is sent to Muon or a subspace, a
+            setting is not one of the optimizer's groups, a parameter has no shape yet, or nothing
+            is trained.
 
     Example:
         >>> model = nn.Sequential(
@@ -108,9 +115,10 @@ def param_groups_for(
         key, chosen[name] = choice.of(item, roles[name])
         group = groups.setdefault(key, {"params": [], **chosen[name]})
         group["params"].append((name, item.param) if named else item.param)
-    if choice.for_muon:
+    if choice.matrices is not None:
         algorithms = {x: y["algorithm"] for x, y in chosen.items()}
-        _check_rates(algorithms, dict(zip(given, choice.overrides, strict=True)))
+        if choice.for_muon:
+            _check_rates(algorithms, dict(zip(given, choice.overrides, strict=True)))
         _warn(algorithms, roles, choice, outputs.guess)
     return [groups[key] for key in sorted(groups)]
 
@@ -128,10 +136,17 @@ class _Choice:
         overrides: dict[str, Mapping[str, Any]],
         weight_decay: float | None,
     ) -> None:
+        self.name = optimizer.__name__
         self.for_muon = issubclass(optimizer, NorMuon)
+        self.matrices = matrix_algorithm(optimizer)
         self.trusts = has_trust_ratio(optimizer)
-        if (muon or adamw) and not self.for_muon:
-            raise ValueError(f"muon= and adamw= are for NorMuon; {optimizer.__name__} has no such")
+        if (muon or adamw) and self.matrices is None:
+            raise ValueError(
+                "muon= is for NorMuon, and adamw= for NorMuon, GaLore and its family;"
+                f" {self.name} has no such"
+            )
+        if muon and not self.for_muon:
+            raise ValueError(f"muon= is for NorMuon; {self.name} takes {_LOW_RANK}")
         check_settings(optimizer, overrides, weight_decay)
         self.weight_decay = weight_decay
         self.muon = matched(found, muon, "muon")
@@ -151,7 +166,7 @@ class _Choice:
         decays = role not in _WITHOUT_DECAY and name not in self.no_decay
         places = tuple(i for i, (names, _) in enumerate(self.overrides) if name in names)
         settings: dict[str, Any] = {}
-        if self.for_muon:
+        if self.matrices is not None:
             settings["algorithm"] = self._algorithm(name, role, places)
         if self.trusts:
             settings["trust_ratio"] = role not in _WITHOUT_DECAY
@@ -161,13 +176,14 @@ class _Choice:
             settings["weight_decay"] = self.weight_decay
         for i in places:
             settings |= self._of_override(i, settings.get("algorithm"))
-        if settings.get("algorithm") == "muon" and item.param.dim() < 2:
+        if settings.get("algorithm") in _WHERE and item.param.dim() < 2:
             raise ValueError(
-                f"{name!r} has shape {tuple(item.param.shape)} and was sent to Muon, which is for"
-                " matrices. Hint: a pattern that ends in '.weight'"
+                f"{name!r} has shape {tuple(item.param.shape)} and was sent to"
+                f" {_WHERE[settings['algorithm']]}, which is for matrices. Hint: a pattern of"
+                " matrices alone, such as one that ends in '.weight'"
             )
         ratio = settings.get("trust_ratio", True)
-        return (settings.get("algorithm") != "muon", not decays, not ratio, places), settings
+        return (settings.get("algorithm") == "adamw", not decays, not ratio, places), settings
 
     def _algorithm(self, name: str, role: Role, places: tuple[int, ...]) -> Any:
         for i in reversed(places):
@@ -175,7 +191,7 @@ class _Choice:
                 return self.overrides[i][1]["algorithm"]
         if name in self.muon:
             return "muon"
-        return "muon" if role == "matrix" and name not in self.adamw else "adamw"
+        return self.matrices if role == "matrix" and name not in self.adamw else "adamw"
 
     def _of_override(self, i: int, algorithm: Any) -> dict[str, Any]:
         """Settings of an override, with AdamW's rate as the rate of its groups."""
@@ -210,25 +226,27 @@ def _warn(
     algorithms: Mapping[str, str], roles: Mapping[str, Role], choice: _Choice, guess: str | None
 ) -> None:
     """Warn of what was decided without knowing."""
+    name, own = choice.name, choice.matrices or ""
     to_adamw = [x for x in roles if algorithms[x] == "adamw" and x not in choice.adamw]
     unknown = [x for x in to_adamw if roles[x] == "unknown"]
     if unknown:
         shown = ", ".join(map(repr, unknown[:5])) + (" and others" if len(unknown) > 5 else "")
         warnings.warn(
-            f"AdamW gets {shown}: of two dimensions or more, but of no layer that is known. Hint:"
-            " adamw= if that is right, muon= if they are hidden matrices with a row an output",
+            f"In {name} AdamW gets {shown}: of two dimensions or more, but of no layer that is"
+            f" known. Hint: adamw= if that is right, {'muon=' if choice.for_muon else _LOW_RANK} if"
+            " they are hidden matrices with a row an output",
             stacklevel=3,
         )
-    if "muon" not in algorithms.values():
+    if own not in algorithms.values():
         warnings.warn(
-            "NorMuon gets no matrix for Muon, and is AdamW. Hint: head=() where the only linear"
-            " layer is no output",
+            f"{name} gets no matrix for {_WHERE[own]}, and is AdamW. Hint: head=() where the only"
+            " linear layer is no output",
             stacklevel=3,
         )
     elif guess and any(roles[x] == "head" for x in to_adamw):
         warnings.warn(
-            f"AdamW gets {guess!r} for the output, as the last linear layer that was registered:"
-            f" no name tells. Hint: head={guess!r} if that is right, or the name of the output, or"
-            " head=() if there is none",
+            f"In {name} AdamW gets {guess!r} for the output, as the last linear layer that was"
+            f" registered: no name tells. Hint: head={guess!r} if that is right, or the name of the"
+            " output, or head=() if there is none",
             stacklevel=3,
         )

@@ -9,6 +9,7 @@ Differs: see ``functional.normuon_update``. Under sharding it is the update of o
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -19,14 +20,17 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_ext import functional, kernels
 from lightning_ext.optim._groups._parameter_roles import is_in_or_out
-from lightning_ext.optim._matrix._owners import Make, by_owners, refuse_other_splits
+from lightning_ext.optim._low_bit._moments import StateDtype, first_moment, second_moment
+from lightning_ext.optim._low_bit._saved import saves_moments
+from lightning_ext.optim._matrix._owners import by_owners, refuse_other_splits
 from lightning_ext.optim._step._checks import SHARE, Range, check_group, checks_groups
 from lightning_ext.optim._step._closure import Closure, closure_loss
-from lightning_ext.optim._step._rows import Rows, rows, update, zeros
+from lightning_ext.optim._step._rows import Init, Rows, rows
 from lightning_ext.optim._step._shards import reduction, zeros_like_rows
+from lightning_ext.optim._step._update import STREAMS, shard_seed, update
 
-_MATRIX_STATES = {"momentum_buffer": zeros, "row_sq": zeros_like_rows}
-_OTHER_STATES = {"exp_avg": zeros, "exp_avg_sq": zeros}
+_MATRIX_STATES: dict[str, Init] = {"momentum_buffer": first_moment, "row_sq": zeros_like_rows}
+_OTHER_STATES = {"exp_avg": first_moment, "exp_avg_sq": second_moment}
 _RANGES = {
     "beta2": SHARE,
     "ns_steps": Range(lambda x: x >= 1 and x == int(x), "be a whole number of at least 1"),
@@ -45,8 +49,10 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 _SETTINGS = ("lr", "momentum", "beta2", "weight_decay", "nesterov", "eps", "adjust_lr_fn")
 _ADAMW_SETTINGS = ("lr", "betas", "eps", "weight_decay", "maximize")
+_Make = Callable[[list[Tensor]], list[Tensor]]
 
 
+@saves_moments(_MATRIX_STATES | _OTHER_STATES)
 @checks_groups(_RANGES)
 class NorMuon(Optimizer):
     r"""Orthogonal steps for matrices, their rows about equally long, and AdamW for all else.
@@ -83,6 +89,8 @@ class NorMuon(Optimizer):
             bfloat16, float32 on a CPU without AMX, and float64 where the parameters are.
         adjust_lr_fn: s, "original" as above; "match_rms_adamw", times 0.2·√max(rows, columns)
             instead; "paper", a root mean square of 0.2. The latter two take AdamW's rates.
+        state_dtype: format of the moments; that of the parameter where ``None``. Vectors and
+            tensors of at most 4096 entries stay in float32.
         maximize: climb instead of descend.
         foreach: False updates one parameter after the other by the plain formula, anything else
             all at once.
@@ -121,6 +129,7 @@ class NorMuon(Optimizer):
         ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
         ns_dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None,
         adjust_lr_fn: Literal["original", "match_rms_adamw", "paper"] = "original",
+        state_dtype: StateDtype | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -139,6 +148,7 @@ class NorMuon(Optimizer):
             "ns_dtype": ns_dtype,
             "adjust_lr_fn": adjust_lr_fn,
             "algorithm": "muon",
+            "state_dtype": state_dtype,
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
@@ -194,17 +204,21 @@ def _step_matrices(found: Rows, group: dict[str, Any]) -> None:
     solve = partial(kernels.newton_schulz, fused=group["fused"], **how)
     dtype = _DTYPES[group["ns_dtype"]]
     make = partial(functional.stacked_newton_schulz, solve=solve, dtype=dtype)
-    if group["foreach"] is False and not group["fused"]:
+    low_bit = group["state_dtype"] not in (None, "float32")
+    if group["foreach"] is False and not group["fused"] and not low_bit:
         for i in range(len(found.whole)):
             _step_one(found, i, make, settings)
         return
     reduce, heights = reduction(found.whole), [len(x) for x in found.whole]
-    settings["orthogonalize"] = partial(by_owners, make, found.whole) if reduce else make
+    settings["orthogonalize"] = partial(_by_owners, make, found.whole) if reduce else make
     columns = found.params, found.grads, *found.states
+    if low_bit:
+        seed = shard_seed(0, found.whole[0]) if found.whole else 0
+        settings |= {"steps": found.steps, "seed": seed, "stream": STREAMS * found.place}
     functional.normuon_update_(*columns, rows=heights, reduce=reduce, **settings)
 
 
-def _step_one(found: Rows, i: int, make: Make, settings: dict[str, Any]) -> None:
+def _step_one(found: Rows, i: int, make: _Make, settings: dict[str, Any]) -> None:
     """The step of one matrix by the plain formula."""
     param, old = found.whole[i], [found.params[i], *(x[i] for x in found.states)]
     new = functional.normuon_update(
@@ -212,12 +226,16 @@ def _step_one(found: Rows, i: int, make: Make, settings: dict[str, Any]) -> None
         found.grads[i],
         *old[1:],
         rows=len(param),
-        orthogonalize=lambda x: by_owners(make, [param], [x])[0],
+        orthogonalize=lambda x: _by_owners(make, [param], [x])[0],
         reduce=reduction([param]),
         **settings,
     )
     for tensor, value in zip(old, new, strict=True):
         tensor.copy_(value)
+
+
+def _by_owners(make: _Make, params: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
+    return by_owners(lambda _, matrices: make(list(matrices)), params, parts)
 
 
 def _take_rate(group: dict[str, Any], adamw_lr: Any) -> None:

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_ext.optim._low_bit._bitsandbytes import require_bitsandbytes
+from lightning_ext.optim._low_bit._moments import STATE_DTYPES, WEIGHT_ROUNDINGS
+
 T = TypeVar("T", bound=Optimizer)
 
 
@@ -31,6 +34,7 @@ AT_LEAST_0 = Range(lambda x: 0 <= x < math.inf, "be finite and at least 0")
 ABOVE_0 = Range(lambda x: 0 < x < math.inf, "be finite and above 0")
 SHARE = Range(lambda x: 0 <= x < 1, "lie in [0, 1)")
 UP_TO_1 = Range(lambda x: 0 <= x <= 1, "lie in [0, 1]")
+SEED = Range(lambda x: isinstance(x, int) and 0 <= x < 2**64, "be a whole number in [0, 2**64)")
 
 _RANGES: dict[str, Range] = {
     "lr": AT_LEAST_0,
@@ -39,6 +43,10 @@ _RANGES: dict[str, Range] = {
     "dampening": UP_TO_1,
     "eps": AT_LEAST_0,
     "weight_decay": AT_LEAST_0,
+    "min_quantized_numel": AT_LEAST_0,
+    "seed": Range(
+        lambda x: isinstance(x, int) and 0 <= x < 2**64, "be a whole number in [0, 2**64)"
+    ),
 }
 
 
@@ -47,6 +55,11 @@ _FLAGS = (
     *("larc", "lr_in_momentum"),
 )
 _CHOICES = ("foreach", "fused")
+_NAMES: dict[str, tuple[str | None, ...]] = {
+    "state_dtype": STATE_DTYPES,
+    "weight_rounding": WEIGHT_ROUNDINGS,
+    "backend": (None, "bitsandbytes"),
+}
 
 
 def check_groups(
@@ -127,6 +140,13 @@ def check_group(
             raise ValueError(
                 f"{where} got {name}={group[name]!r}{place}; it must be one of {known}"
             )
+    for name, names in _NAMES.items():
+        if name in group and group[name] not in names:
+            raise ValueError(f"{where} got {name}={group[name]!r}{place}; choose one of {names}")
+    backend, paged = group.get("backend"), group.get("paged", False)
+    if backend or paged:
+        require_bitsandbytes(where, backend, group["state_dtype"], paged=paged)
+        _refuse_beside_bitsandbytes(where, group)
     for i, parameter in enumerate(group["params"]):
         if not parameter.is_floating_point():
             named = group.get("param_names", [])
@@ -134,6 +154,15 @@ def check_group(
             raise TypeError(
                 f"{where} does not take {parameter.dtype}, as {name} is, but floating point; give a"
                 " complex parameter as torch.view_as_real of it"
+            )
+
+
+def _refuse_beside_bitsandbytes(where: str, group: dict[str, Any]) -> None:
+    for name, value in (("weight_rounding", "nearest"), ("decoupled_weight_decay", True)):
+        if group.get(name, value) != value:
+            raise ValueError(
+                f"{where} got {name}={group[name]!r} with backend='bitsandbytes', whose step has"
+                f" {name}={value!r} alone. Hint: leave backend out"
             )
 
 

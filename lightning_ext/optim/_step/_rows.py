@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_ext.optim._low_bit._moments import Moment, MomentOf, with_reduction
+from lightning_ext.optim._low_bit._weights import weight_error
 from lightning_ext.optim._step._checks import Range, check_group
 from lightning_ext.optim._step._shards import are_plain, local_parts, placed_like
 
-Init = Callable[[Tensor], Tensor]
+Init = Callable[[Tensor], Moment] | MomentOf
 
 
 class Rows(NamedTuple):
@@ -24,13 +26,17 @@ class Rows(NamedTuple):
         grads: their gradients, likewise.
         steps: their counts, this step included.
         states: their other states, likewise, in the order of their names.
+        errors: what rounding has left of their weights, where the group keeps that.
+        place: of the group's first parameter among all of the optimizer.
     """
 
     whole: list[Tensor]
     params: list[Tensor]
     grads: list[Tensor]
     steps: list[Tensor]
-    states: list[list[Tensor]]
+    states: list[list[Any]]
+    errors: list[Tensor] | None = None
+    place: int = 0
 
 
 def rows(
@@ -62,10 +68,22 @@ def rows(
     if {x.layout for x in found} - {torch.strided}:
         _refuse_sparse(optimizer, group)
     lists = [[x[name] for x in kept] for name in states]
+    errors = None
+    if group.get("weight_rounding") == "compensated":
+        errors = [weight_error(*pair) for pair in zip(kept, whole, strict=True)]
+    place = _place(optimizer, group)
     if are_plain(whole):
-        return Rows(whole, whole, found, steps, lists)
+        return Rows(whole, whole, found, steps, lists, errors, place)
     found = [placed_like(*pair) for pair in zip(found, whole, strict=True)]
-    return Rows(whole, local_parts(whole), local_parts(found), steps, [*map(local_parts, lists)])
+    return Rows(
+        whole,
+        local_parts(whole),
+        local_parts(found),
+        steps,
+        [_shared(local_parts(x), whole) for x in lists],
+        None if errors is None else local_parts(errors),
+        place,
+    )
 
 
 def zeros(param: Tensor) -> Tensor:
@@ -80,51 +98,6 @@ def count(param: Tensor) -> Tensor:
         param: the parameter.
     """
     return torch.zeros((), dtype=torch.float32, device=param.device)
-
-
-def update(
-    listed: Callable[..., Any],
-    formula: Callable[..., Any],
-    found: Rows,
-    settings: dict[str, Any],
-    group: dict[str, Any],
-    *,
-    reduce: Callable[[Sequence[Tensor]], Any] | None = None,
-    counted: bool = True,
-) -> Any:
-    """Do a step of the parameters of a group: of lists, or of one after the other.
-
-    Args:
-        listed: the update of lists, in place.
-        formula: the update of one parameter, which returns what is new; taken for
-            ``foreach=False``.
-        found: parameters, gradients and states.
-        settings: of both forms; ``clip`` is what gradients are multiplied by first.
-        group: says ``foreach`` and, where there are kernels, ``fused``.
-        reduce: of parameters, what adds up their sums over ranks, where the formula needs it.
-        counted: whether the formula takes the count of steps.
-
-    Returns:
-        What the update of lists returns; ``None`` of the other.
-    """
-    if not found.params:
-        return None
-    if group.get("foreach") is not False or group.get("fused"):
-        with_steps = [found.steps] if counted else []
-        how = {"fused": group["fused"]} if "fused" in group else {}
-        how |= {} if reduce is None else {"reduce": reduce(found.whole)}
-        return listed(found.params, found.grads, *found.states, *with_steps, **settings, **how)
-    settings = dict(settings)
-    clip = settings.pop("clip", None)
-    for i, (param, grad) in enumerate(zip(found.params, found.grads, strict=True)):
-        grad = grad if clip is None else grad * clip
-        old = [state[i] for state in found.states]
-        with_step = [found.steps[i]] if counted else []
-        how = {} if reduce is None else {"reduce": reduce(found.whole[i : i + 1])}
-        new = formula(param, grad, *old, *with_step, **settings, **how)
-        for tensor, value in zip((param, *old), new, strict=True):
-            tensor.copy_(value)
-    return None
 
 
 def _count_one(steps: list[Tensor]) -> None:
@@ -146,8 +119,26 @@ def _start(
     _refuse_sparse(optimizer, group)
     for param in group["params"]:
         if param.grad is not None and not optimizer.state[param]:
-            made = {name: make(param) for name, make in states.items()}
+            made = {name: _made(make, param, group) for name, make in states.items()}
             optimizer.state[param].update(made, step=count(param))
+
+
+def _made(make: Init, param: Tensor, group: dict[str, Any]) -> Moment:
+    return make(param, group) if isinstance(make, MomentOf) else make(param)
+
+
+def _shared(moments: list[Any], params: Sequence[Tensor]) -> list[Any]:
+    return [with_reduction(*pair) for pair in zip(moments, params, strict=True)]
+
+
+def _place(optimizer: Optimizer, group: dict[str, Any]) -> int:
+    """Parameters in the groups before."""
+    place = 0
+    for one in optimizer.param_groups:
+        if one is group:
+            break
+        place += len(one["params"])
+    return place
 
 
 def _refuse_sparse(optimizer: Optimizer, group: dict[str, Any]) -> None:

@@ -54,6 +54,17 @@ def split_over(tensor: Tensor) -> Groups:
     )
 
 
+def shard_index(tensor: Tensor) -> int:
+    """Return the number of this rank's part of a tensor; 0 of a plain one, alike on replicas."""
+    index = 0
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        for i, placement in enumerate(tensor.placements):
+            if not placement.is_replicate():
+                index = index * mesh.size(i) + mesh.get_local_rank(i)
+    return index
+
+
 def reduction(
     params: Sequence[Tensor], *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
 ) -> Callable[[Tensor], Tensor] | None:
@@ -139,7 +150,7 @@ def check_rows_whole(name: str, params: Sequence[Tensor]) -> None:
     for i, param in enumerate([] if are_plain(params) else params):
         if isinstance(param, DTensor) and param.dim() > 1 and _is_cut(param):
             raise ValueError(
-                f"{name} takes sums of rows, and parameter {i} of shape {tuple(param.shape)} is "
+                f"{name} needs whole rows, and parameter {i} of shape {tuple(param.shape)} is "
                 f"split as {param.placements}; give it whole rows, that is Shard(0). Hint: "
                 "fully_shard without shard_placement_fn, or another optimizer for what tensor "
                 "parallelism splits along columns"

@@ -228,6 +228,8 @@ class DelayCompensation(Wrapper):
                 continue
             wrong = [f"{x}={group[x]}" for x in ("dampening", "nesterov") if group.get(x)]
             wrong += [] if group.get("momentum") else ["momentum=0"]
+            if group.get("state_dtype") not in (None, "float32"):
+                wrong.append(f"state_dtype={group['state_dtype']!r}")
             if not isinstance(base, (SGD, LARS)) or wrong:
                 found = f" with {', '.join(wrong)}" if isinstance(base, (SGD, LARS)) else ""
                 raise ValueError(

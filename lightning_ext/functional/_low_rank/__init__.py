@@ -1,0 +1,1 @@
+"""Gradients of low rank: their subspaces, and updates made inside them."""

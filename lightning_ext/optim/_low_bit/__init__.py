@@ -1,0 +1,1 @@
+"""States of few bits: how they are made, stepped and saved."""

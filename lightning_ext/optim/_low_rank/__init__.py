@@ -1,0 +1,1 @@
+"""Optimizers whose moments are of low rank."""
