@@ -62,7 +62,7 @@ def train(rule: str, num_samples: int, accumulate: int, optimizer: str, devices:
     return {"weights": weights, "averages": averages, "batches": batches, "seen": module.seen}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", RULES)
 def test_two_processes_equal_one_with_twice_the_accumulation(rule: str, optimizer: str) -> None:
     alone = train(rule, 192, 4, optimizer, 1)
@@ -128,6 +128,7 @@ def test_a_resume_restores_the_random_state_of_every_rank(tmp_path: Path) -> Non
             assert torch.equal(state, end)
 
 
+@pytest.mark.slow
 def test_ddp_spawn() -> None:
     callbacks = [AdaptiveBatchSize("noise_scale", max_global_batch=64), EMA()]
     run = trainer(callbacks, strategy="ddp_spawn", devices=2, limit_val_batches=0, max_epochs=1)

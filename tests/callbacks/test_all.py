@@ -146,7 +146,7 @@ CONTRACTS = {
 }
 
 # Functions beside the callbacks: each has tests of its own.
-FUNCTIONS = {"measure_critical_batch", "sweep_batch_sizes"}
+FUNCTIONS = {"measure_critical_batch", "memory_held", "memory_plan", "sweep_batch_sizes"}
 # What callbacks are made of, or give: the same.
 PARTS = {"WireCount", "WireMeter"}
 

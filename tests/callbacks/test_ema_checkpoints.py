@@ -232,6 +232,7 @@ class CheckInProcess(Callback):
         assert not torch.equal(averaged(self.ema, pl_module), flat(pl_module))
 
 
+@pytest.mark.slow
 def test_it_survives_spawned_processes(tmp_path: Path) -> None:
     ema = EMA(0.9, export=True)
     run = trainer([ema, CheckInProcess(ema)], strategy="ddp_spawn", devices=2, max_steps=3)

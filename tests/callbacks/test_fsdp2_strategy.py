@@ -158,7 +158,10 @@ def test_two_ranks_are_one_process(name: str) -> None:
         check(found, expected)
 
 
-@pytest.mark.parametrize("name", ["GradientNoiseScale", "SharpnessAware", "NormLoss"])
+@pytest.mark.parametrize(
+    "name",
+    ["GradientNoiseScale", "SharpnessAware", pytest.param("NormLoss", marks=pytest.mark.slow)],
+)
 def test_four_ranks_with_replicas_are_one_process(name: str) -> None:
     options = {"device_mesh": (2, 2), "reshard_after_forward": False}
     expected = train(name, 1, 8, {})

@@ -345,7 +345,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
     vectors = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=1.0)
     with pytest.raises(MisconfigurationException, match="matrices"):
         parts_of("nuclear", vectors)
-    with pytest.raises(MisconfigurationException, match="no betas"):
+    with pytest.raises(MisconfigurationException, match="none of each entry"):
         parts_of("adam", vectors)
 
 

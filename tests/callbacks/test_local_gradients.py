@@ -180,6 +180,7 @@ def test_what_does_not_go_with_it_is_refused(wrong: Any, match: str) -> None:
         run_distributed(wrong)
 
 
+@pytest.mark.slow
 def test_it_can_be_spawned() -> None:
     run = trainer([LocalGradients()], strategy="ddp_spawn", devices=2, limit_val_batches=0)
     module = Voter()

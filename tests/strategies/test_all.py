@@ -14,7 +14,16 @@ from torch import Tensor
 from lightning_ext import strategies
 
 pytestmark = KNOWN_WARNINGS
-WORLDS = [2, 4]
+# What two ranks do not show: parts within nodes, and replicas of stages. The other fours are slow.
+OF_FOUR = ("ZeroPPStrategy", "PipelineStrategy, fsdp2", "PipelineStrategy, ddp")
+every_case_and_world = pytest.mark.parametrize(
+    ("name", "world"),
+    [
+        pytest.param(name, world, marks=[pytest.mark.slow] * (world > 2 and name not in OF_FOUR))
+        for name in CASES
+        for world in (2, 4)
+    ],
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -29,8 +38,7 @@ def test_every_strategy_is_in_the_table() -> None:
     assert classes == {name.partition(",")[0] for name in CASES} - {"ddp"}
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", CASES)
+@every_case_and_world
 def test_weights_after_50_steps_are_those_of_one_process(name: str, world: int) -> None:
     case = CASES[name]
     for found in on_ranks(name, world):
@@ -48,8 +56,7 @@ def size(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor))
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", CASES)
+@every_case_and_world
 def test_first_gradients_are_those_of_one_process(name: str, world: int) -> None:
     truth, bound = alone(name).gradients, CASES[name].gradients
     for ranks in on_ranks(name, world):

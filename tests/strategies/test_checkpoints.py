@@ -73,6 +73,7 @@ RUNS = {
     "zeropp on 4": How(4, lambda: _zeropp(ranks_per_node=2)),
     "zeropp in a file": How(2, lambda: _zeropp(save_distributed_checkpoint=False)),
 }
+SLOW = dict.fromkeys(("fsdp2 on 4", "fsdp2 2 x 2", "fsdp2 in a file"), pytest.mark.slow)
 
 
 class Start(Callback):
@@ -128,7 +129,7 @@ def is_readable(writer: str, reader: str) -> bool:
     return RUNS[reader].reads_folders or writer in ("one process", "ddp") or "file" in writer
 
 
-@pytest.mark.parametrize("reader", RUNS)
+@pytest.mark.parametrize("reader", [pytest.param(x, marks=SLOW.get(x, ())) for x in RUNS])
 def test_whoever_wrote_it_weights_are_the_same_and_states_go_on(
     reader: str, written: Written
 ) -> None:

@@ -40,7 +40,10 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+# Other tests start ranks in torchrun's environment.
+@pytest.mark.parametrize(
+    "command", ["by Lightning", pytest.param("by torchrun", marks=pytest.mark.slow)]
+)
 def test_a_script_trains_on_two_ranks(command: str, tmp_path: Path) -> None:
     script, file = tmp_path / "train.py", tmp_path / "whole.ckpt"
     script.write_text(SCRIPT)

@@ -88,9 +88,19 @@ def trained_on_ranks(kind: type[Adversaries], accumulate: int, wrap: Any) -> Wei
     return by_fsdp2(kind(accumulate), 12, how=how, **settings).weights
 
 
-@pytest.mark.parametrize("wrap", ["transformer_layers", None])
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("kind", [Adversaries, Whole])
+@pytest.mark.parametrize(
+    ("kind", "accumulate", "wrap"),
+    [
+        (Adversaries, 1, "transformer_layers"),
+        (Adversaries, 2, None),
+        (Whole, 1, None),
+        (Whole, 2, "transformer_layers"),
+        pytest.param(Adversaries, 1, None, marks=pytest.mark.slow),
+        pytest.param(Adversaries, 2, "transformer_layers", marks=pytest.mark.slow),
+        pytest.param(Whole, 1, "transformer_layers", marks=pytest.mark.slow),
+        pytest.param(Whole, 2, None, marks=pytest.mark.slow),
+    ],
+)
 def test_two_optimizers_train_as_in_one_process(
     kind: type[Adversaries], accumulate: int, wrap: Any
 ) -> None:

@@ -64,11 +64,11 @@ def fitted(how: dict[str, Any], kwargs: dict[str, Any]) -> Weights:
 @pytest.mark.parametrize(
     "how",
     [
-        {"wrap": None},
-        {"reshard_after_forward": False},
+        pytest.param({"wrap": None}, marks=pytest.mark.slow),
+        pytest.param({"reshard_after_forward": False}, marks=pytest.mark.slow),
         {"reshard_after_forward": 2},
         {"device_mesh": (2, 2)},
-        {"device_mesh": (4, 1)},
+        pytest.param({"device_mesh": (4, 1)}, marks=pytest.mark.slow),
         {"find_unused_parameters": True},
         {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
     ],

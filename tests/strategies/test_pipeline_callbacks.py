@@ -109,7 +109,9 @@ def everything() -> list[Callback]:
     ]
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "how", [pytest.param(x, marks=[pytest.mark.slow] * (x == "ddp")) for x in HOW]
+)
 def test_every_number_is_that_of_one_process(how: str) -> None:
     ranks, options = HOW[how]
     weights, expected, *noise = measured("one", options, everything, SEEN)

@@ -37,8 +37,6 @@ QUICK = (  # the others are slow, all of them in the test of 50 steps
     "2 x 1, 1F1B",
     "4 x 2",
     "2 x 2, FSDP2",
-    "2 x 1, FSDP2, GPipe",
-    "2 x 2, DDP",
 )
 
 

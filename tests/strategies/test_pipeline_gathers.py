@@ -35,7 +35,7 @@ def test_one_stage_is_gathered_and_reduced_once(schedule: str) -> None:
     ("schedule", "stages_per_rank", "gathers"),
     [
         ("interleaved_1f1b", 2, [2, 2]),
-        ("breadth_first", 4, [5, 5]),
+        pytest.param("breadth_first", 4, [5, 5], marks=pytest.mark.slow),
         ("interleaved_1f1b", 4, [15, 13]),
         pytest.param("breadth_first", 8, [13, 13], marks=pytest.mark.slow),
         pytest.param("interleaved_1f1b", 8, [47, 45], marks=pytest.mark.slow),

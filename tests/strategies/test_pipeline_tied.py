@@ -138,13 +138,28 @@ def test_two_ranks_are_one_process(change: str) -> None:
 REPLICATED = [change for change in CHANGES if change != "buffers"]  # replicas have their own
 
 
-@pytest.mark.parametrize("change", REPLICATED)
+# What the test of two ranks shows, too, is slow where replicas add nothing of their own.
+QUICK = ("tied on two ranks", "tied to what is outside", "tied thrice", "gains and unused")
+
+
+@pytest.mark.parametrize(
+    "change", [pytest.param(x, marks=[pytest.mark.slow] * (x not in QUICK)) for x in REPLICATED]
+)
 def test_two_replicas_of_all_stages_are_one_process(change: str) -> None:
     require_one_process(change, "1 x 4, FSDP2")
 
 
-@pytest.mark.parametrize("layout", ["2 x 2, FSDP2", "2 x 2, DDP"])
-@pytest.mark.parametrize("change", ["tied thrice", "gains and unused", "frozen first stage"])
+@pytest.mark.parametrize(
+    ("change", "layout"),
+    [
+        ("gains and unused", "2 x 2, FSDP2"),
+        ("tied thrice", "2 x 2, DDP"),
+        pytest.param("tied thrice", "2 x 2, FSDP2", marks=pytest.mark.slow),
+        pytest.param("frozen first stage", "2 x 2, FSDP2", marks=pytest.mark.slow),
+        pytest.param("gains and unused", "2 x 2, DDP", marks=pytest.mark.slow),
+        pytest.param("frozen first stage", "2 x 2, DDP", marks=pytest.mark.slow),
+    ],
+)
 def test_two_replicas_of_two_ranks_are_one_process(change: str, layout: str) -> None:
     require_one_process(change, layout)
 
