@@ -41,7 +41,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[dev,examples,wandb,deepspeed]'
+	$(INSTALL) -e '.[dev,examples,wandb,deepspeed,bnb]'
 	@touch $@
 
 $(VENV)/.examples: pyproject.toml constraints.txt | $(BIN)/python

@@ -20,6 +20,12 @@ OPEN_TO_TESTS = (
     "lightning_ext.kernels._triton",
     # Orders of actions, which are compared with torch's own.
     "lightning_ext.scaling._pipeline",
+    # Parts that work together over ranks, devices or another package, each seen by itself.
+    "lightning_ext.callbacks._memory",
+    "lightning_ext.functional._updates",
+    "lightning_ext.optim._low_bit",
+    "lightning_ext.optim._low_rank",
+    "lightning_ext.optim._offload",
     # Parts of strategies: a Trainer in several processes is too much for them.
     "lightning_ext.strategies._deepspeed",
     "lightning_ext.strategies._fsdp2",
