@@ -345,8 +345,10 @@ def test_what_cannot_be_measured_is_refused() -> None:
     vectors = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=1.0)
     with pytest.raises(MisconfigurationException, match="matrices"):
         parts_of("nuclear", vectors)
-    with pytest.raises(MisconfigurationException, match="none of each entry"):
-        parts_of("adam", vectors)
+    matrix = nn.Parameter(torch.zeros(6, 4))
+    for other in (vectors, optim.CAME([matrix]), optim.GaLore([matrix], rank=2)):
+        with pytest.raises(MisconfigurationException, match="none of each entry"):
+            parts_of("adam", other)
 
 
 def some_batch(count: int) -> list[list[Tensor]]:

@@ -53,7 +53,7 @@ def test_the_others_find_nearly_all(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_basis_is_orthonormal_and_sorted(method: str, shape: tuple[int, int]) -> None:
     grad = matrix(shape)
-    basis = gradient_subspace(grad, 6, method=method, previous=gradient_subspace(grad, 6))  # type: ignore[arg-type]  # one of them
+    basis = gradient_subspace(grad, 6, method=method, previous=gradient_subspace(grad, 6))
     torch.testing.assert_close(basis @ basis.T, torch.eye(6), atol=1e-5, rtol=0)
     sizes = project_gradient(grad, basis).norm(dim=0)
     assert (sizes[:-1] >= sizes[1:] - 1e-5).all()
@@ -64,14 +64,14 @@ def test_vectors_keep_their_signs(method: str) -> None:
     grad = matrix((40, 24))
     first = gradient_subspace(grad, 6)
     for previous in (first, -first):
-        found = gradient_subspace(grad, 6, method=method, previous=previous)  # type: ignore[arg-type]  # one of them
+        found = gradient_subspace(grad, 6, method=method, previous=previous)
         assert ((found * previous).sum(1) > 0).all()
 
 
 @pytest.mark.parametrize("method", ["svd", "randomized"])
 def test_gradients_of_low_rank_pass_whole(method: str) -> None:
     grad = matrix((40, 3)) @ matrix((3, 24))
-    basis = gradient_subspace(grad, 5, method=method)  # type: ignore[arg-type]  # one of them
+    basis = gradient_subspace(grad, 5, method=method)
     found = project_back(project_gradient(grad, basis), basis, grad.shape)
     torch.testing.assert_close(found, grad, atol=1e-5, rtol=0)
 
@@ -110,10 +110,10 @@ def test_codes_of_four_bits_hardly_move_a_subspace() -> None:
 )
 def test_wrong_subspaces_are_refused(rank: int, method: str, hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
-        gradient_subspace(matrix((40, 24)), rank, method=method)  # type: ignore[arg-type]  # wrong
+        gradient_subspace(matrix((40, 24)), rank, method=method)
 
 
 def test_a_form_that_there_is_not_is_refused() -> None:
     zero = torch.zeros(4, 1)
     with pytest.raises(ValueError, match="form='lora'"):
-        low_rank_update(torch.ones(4, 2), torch.ones(1, 2), zero, zero, 1, form="lora")  # type: ignore[arg-type]  # wrong
+        low_rank_update(torch.ones(4, 2), torch.ones(1, 2), zero, zero, 1, form="lora")

@@ -29,7 +29,7 @@ def by_columns(format: str | None) -> str:
     module = nn.Linear(96, 64)
     mesh = init_device_mesh("cpu", (2,))
     fully_shard(module, mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
-    optimizer = LowBitAdamW(module.parameters(), state_dtype=format)  # type: ignore[arg-type]
+    optimizer = LowBitAdamW(module.parameters(), state_dtype=format)
     for param in module.parameters():
         param.grad = torch.ones_like(param)
     try:
@@ -59,7 +59,7 @@ def tensor_parallel(style: Any, format: str) -> tuple[float, bool] | str:
     nets[1].load_state_dict(nets[0].state_dict())
     parallelize_module(nets[1][0], mesh["tensor"], style())
     fully_shard(nets[1], mesh=mesh["data"])
-    optimizers = [LowBitAdamW(x.parameters(), state_dtype=format) for x in nets]  # type: ignore[arg-type]
+    optimizers = [LowBitAdamW(x.parameters(), state_dtype=format) for x in nets]
     start = whole(nets[0][0].weight)
     for step in range(5):
         grad = torch.randn(258, 64, generator=torch.Generator().manual_seed(step))

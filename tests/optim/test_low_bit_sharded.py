@@ -157,7 +157,7 @@ def few_rows(format: str, *, sharded: bool) -> Run:
 
 def with_few_rows() -> FewRows:
     runs = {format: few_rows(format, sharded=True) for format in ON_FOUR}
-    entries = [p.to_local().numel() for p in runs["int4"].module.parameters()]  # type: ignore[attr-defined]
+    entries = [p.to_local().numel() for p in runs["int4"].module.parameters()]
     nothing = {
         (name, x): Run(name, shapes={"few_rows": (5, 1000)}, state_dtype=x).run(3).weights()
         for name in OPTIMIZERS
