@@ -6,6 +6,7 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -107,6 +108,13 @@ class GPT(LightningModule):
         """Cross-entropy in nats per byte, the mean over windows (n, context + 1)."""
         logits = self(windows[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].long().flatten())
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable[Tensor]) -> dict[str, float]:
+        """Validation loss in nats per byte, the mean over all windows."""
+        parts = [(len(part), self.loss(part.to(self.device)).item()) for part in loader]
+        total = sum(size for size, _ in parts)
+        return {"validation loss": sum(size * loss for size, loss in parts) / total}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""

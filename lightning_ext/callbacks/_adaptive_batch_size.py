@@ -28,6 +28,7 @@ from lightning_ext.callbacks._adaptive._progress import UNITS, Progress
 from lightning_ext.callbacks._adaptive._rates import FollowingRates
 from lightning_ext.callbacks._adaptive._running_batch import RunningBatch
 from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
+from lightning_ext.callbacks._logging import log_step
 from lightning_ext.callbacks._reuse import begins_anew
 from lightning_ext.optim import sample_schedules
 from lightning_ext.scaling import HYPERPARAMETER_RULES, BatchRule
@@ -99,7 +100,7 @@ class AdaptiveBatchSize(Callback):
         scale_weight_decay: bool = True,
         scale_second_moment: bool = False,
         clamp_lr: bool = True,
-        progress: str = "auto",
+        progress: Literal["auto", "samples", "gain", "steps"] = "auto",
         rescale_last_window: bool = True,
         source: GradientNoiseScale | None = None,
         tokens_per_sample: int | None = None,
@@ -243,7 +244,7 @@ class AdaptiveBatchSize(Callback):
         self.batch.decide(trainer, self.source)
         if _lightning.logs_now(trainer):
             values = self.batch.values() | self._clipped.values()
-            pl_module.log_dict(values, on_step=True, on_epoch=False)
+            log_step(pl_module, values, bar="global_batch")
         self.batch.apply_due(trainer, batch_idx + 1)
         done = self.batch.progress.reference_samples
         if self.max_samples is not None and done >= self.max_samples:

@@ -18,8 +18,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_ext import _lightning, scaling
-from lightning_ext._lightning import batch_share, logs_now, view
 from lightning_ext.callbacks._arguments import require_choice
+from lightning_ext.callbacks._logging import log_step
 from lightning_ext.callbacks._noise._history import NoiseHistory
 from lightning_ext.callbacks._noise._measurement import Parts
 from lightning_ext.callbacks._noise._settings import (
@@ -224,9 +224,9 @@ class GradientNoiseScale(Callback):
             self._begin_window()
         if self._parts is None:
             return
-        share = batch_share(trainer, batch, batch_idx)
+        share = _lightning.batch_share(trainer, batch, batch_idx)
         if share.whole:
-            self._parts.begin(view(trainer), batch, batch_idx, share)
+            self._parts.begin(_lightning.view(trainer), batch, batch_idx, share)
         else:  # other ranks × accumulation would cut it into other parts
             self.skip_window()
 
@@ -261,9 +261,9 @@ class GradientNoiseScale(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs the present estimate."""
-        if len(self._history) and logs_now(trainer):
+        if len(self._history) and _lightning.logs_now(trainer):
             values = self._history.values(self.settings.prefix, self.tests)
-            pl_module.log_dict(values, on_step=True, on_epoch=False)
+            log_step(pl_module, values, bar=f"{self.settings.prefix}noise_scale")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -1,0 +1,65 @@
+"""Table and figure of a run, and how they get to W&B."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich
+from lightning.pytorch.loggers import Logger, WandbLogger
+from matplotlib.figure import Figure
+from rich.table import Table
+
+FORMS = {"seconds": ".1f", "accuracy": ".2%", "accuracy, EMA": ".2%"}
+
+
+def show(name: str, row: Mapping[str, Any]) -> None:
+    """Prints one run as a table of one line."""
+    table = Table("run", *row)
+    table.add_row(name, *(written(key, value) for key, value in row.items()))
+    rich.print(table)
+
+
+def written(key: str, value: Any) -> str:
+    """A value of the table as text."""
+    return format(value, FORMS.get(key, "," if isinstance(value, int) else ".3f"))
+
+
+def draw_run(metrics: Path) -> Path:
+    """Draws batch, noise scale, learning rate and loss against samples, beside the curves."""
+    rows = np.atleast_1d(np.genfromtxt(metrics, delimiter=",", names=True))
+    rows = rows[np.isfinite(rows["samples_seen"])]
+    seen = rows["samples_seen"]
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    batch, noise, lr, loss = figure.subplots(2, 2).flat
+    batch.step(seen, rows["global_batch"], where="post")
+    lr.step(seen, rows["lr_scaled"], where="post")
+    loss.plot(seen, rows["loss"])
+    for name in (n for n in rows.dtype.names if n.endswith("noise_scale")):
+        _band(noise, seen, rows, name)
+    titles = "global batch", "noise scale", "learning rate", "training loss"
+    for axes, title in zip((batch, noise, lr, loss), titles, strict=True):
+        axes.set(title=title, xlabel="samples", yscale="log")
+    path = metrics.with_suffix(".png")
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def _band(axes: Any, seen: Any, rows: Any, name: str) -> None:
+    value = np.where(rows[name] > 0, rows[name], np.nan)
+    (line,) = axes.plot(seen, value, label=name)
+    low, high = np.fmax(rows[f"{name}_low"], 1), np.fmin(rows[f"{name}_high"], 1e5)
+    axes.fill_between(seen, low, high, color=line.get_color(), alpha=0.2)
+    axes.legend()
+
+
+def publish(loggers: Iterable[Logger], row: Mapping[str, Any], figures: Iterable[Path]) -> None:
+    """Puts the row into the summary and a table of each W&B run, with the figures, and ends it."""
+    for logger in (x for x in loggers if isinstance(x, WandbLogger)):
+        logger.experiment.summary.update(dict(row))
+        logger.log_table("run", columns=list(row), data=[list(row.values())])
+        for figure in figures:
+            logger.log_image(figure.stem, [str(figure)])
+        logger.experiment.finish()
