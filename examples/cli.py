@@ -1,4 +1,4 @@
-"""What the example projects share: LightningCLI with the suite's callbacks, loggers and a report."""
+"""What the example projects share: LightningCLI with callbacks, loggers and a report."""
 
 from __future__ import annotations
 
@@ -21,22 +21,15 @@ from lightning_ext.callbacks import EMA, AdaptiveBatchSize, GradientNoiseScale
 Wandb = Literal["offline", "online", "off"]
 
 
-class ExampleCLI(LightningCLI):
-    """LightningCLI of a project: ``fit``, ``validate``, … with defaults from its ``config.yaml``.
-
-    Beside ``--model``, ``--data`` and ``--trainer`` it has ``--batch`` (:class:`AdaptiveBatchSize`),
-    ``--noise`` (:class:`GradientNoiseScale`) and ``--ema`` (:class:`EMA`), so that a sweep can set
-    ``--batch.rule``. Runs are logged to CSV, or what ``--trainer.logger`` says, and to W&B.
-
-    The module has ``evaluate(loader) -> dict[str, float]``, which is reported with the weights
-    as they are and with their average.
+class ProjectCLI(LightningCLI):
+    """LightningCLI of a project, with defaults from its ``config.yaml`` and a W&B run.
 
     Args:
         module: class of the project.
-        data: class of the project; it has ``micro_batch``.
+        data: class of the project.
         folder: of the project, with ``config.yaml``.
         args: command line; ``None`` means that of the process.
-        run: whether to run the subcommand at once.
+        run: whether there are subcommands, which run at once.
     """
 
     def __init__(
@@ -49,8 +42,7 @@ class ExampleCLI(LightningCLI):
         run: bool = True,
     ) -> None:
         defaults = {"default_config_files": [str(folder / "config.yaml")]}
-        self.project = f"lightning_ext-{folder.name}"
-        self.row: dict[str, Any] = {}
+        self.example = folder.name
         super().__init__(
             module,
             data,
@@ -63,30 +55,19 @@ class ExampleCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the suite's callbacks and where runs are logged."""
-        parser.add_lightning_class_args(AdaptiveBatchSize, "batch")
-        parser.add_lightning_class_args(GradientNoiseScale, "noise")
-        parser.add_lightning_class_args(EMA, "ema")
+        """Adds where runs are logged."""
+        project, out = f"lightning_ext-{self.example}", Path("runs") / self.example
         parser.add_argument("--wandb", type=Wandb, default="offline", help="where W&B runs go")
-        parser.add_argument("--project", type=str, default=self.project, help="of W&B")
+        parser.add_argument("--project", type=str, default=project, help="of W&B")
         parser.add_argument("--group", type=str | None, help="of W&B: runs that belong together")
         parser.add_argument("--name", type=str, default="run", help="of the run and its folder")
-        out = Path("runs") / self.project.partition("-")[2]
         parser.add_argument("--out", type=Path, default=out, help="folder of curves and figures")
 
     def setting(self, key: str) -> Any:
         """Value of an argument of the subcommand."""
         return self._get(self.config_init, key)
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Makes the Trainer, with a CSV logger unless another is asked for, and W&B's."""
-        asked = self.setting("trainer").get("logger")
-        if asked is None or asked is True:
-            asked = [CSVLogger(self.setting("out"), name=self.setting("name"))]
-        loggers = asked if isinstance(asked, list) else [asked] if asked else []
-        return super().instantiate_trainer(logger=[*loggers, *self._wandb()], **kwargs)
-
-    def _wandb(self) -> list[Logger]:
+    def wandb_loggers(self) -> list[Logger]:
         """A W&B run where wandb is installed; offline it never asks for an account."""
         mode = self.setting("wandb")
         if mode == "off" or find_spec("wandb") is None or rank_zero_only.rank != 0:
@@ -103,6 +84,32 @@ class ExampleCLI(LightningCLI):
             settings=wandb.Settings(silent=mode == "offline", console="off"),
         )
         return [WandbLogger(experiment=run)]
+
+
+class ExampleCLI(ProjectCLI):
+    """The command line of a project that trains, by ``fit``, ``validate`` and so on.
+
+    Beside ``--model``, ``--data`` and ``--trainer`` it has ``--batch`` for AdaptiveBatchSize,
+    ``--noise`` for GradientNoiseScale and ``--ema`` for EMA, so that a sweep can set
+    ``--batch.rule``. Runs are logged to CSV, or what ``--trainer.logger`` says, and to W&B. The
+    module has ``evaluate(loader) -> dict[str, float]``, which is reported with the weights as they
+    are and with their average.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the suite's callbacks."""
+        super().add_arguments_to_parser(parser)
+        parser.add_lightning_class_args(AdaptiveBatchSize, "batch")
+        parser.add_lightning_class_args(GradientNoiseScale, "noise")
+        parser.add_lightning_class_args(EMA, "ema")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Makes the Trainer, with a CSV logger unless another is asked for, and W&B's."""
+        asked = self.setting("trainer").get("logger")
+        if asked is None or asked is True:
+            asked = [CSVLogger(self.setting("out"), name=self.setting("name"))]
+        loggers = asked if isinstance(asked, list) else [asked] if asked else []
+        return super().instantiate_trainer(logger=[*loggers, *self.wandb_loggers()], **kwargs)
 
     def before_fit(self) -> None:
         """Writes the whole configuration to each logger, and looks at the clock."""

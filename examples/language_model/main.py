@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.cli import ExampleCLI, quiet
 from examples.language_model.data import TextFolder
@@ -16,7 +15,7 @@ from examples.language_model.module import GPT
 def main(args: list[str] | None = None) -> ExampleCLI:
     """Run the command line."""
     quiet()
-    return ExampleCLI(GPT, TextFolder, HERE, args)
+    return ExampleCLI(GPT, TextFolder, Path(__file__).parent, args)
 
 
 if __name__ == "__main__":
