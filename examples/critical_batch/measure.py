@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
+from examples.critical_batch.module import average
 from examples.critical_batch.sweep import MICRO_BATCH, Setting
 from lightning_ext.callbacks import CriticalBatchSize, GradientNoiseScale
 from lightning_ext.scaling import BranchedCriticalBatch
@@ -59,13 +60,13 @@ class Recorder(Callback):
 
 
 def noise_scales(
-    setting: Setting, batch: int, *, target: float, every: int, most: int, seed: int
+    setting: Setting, batch: int, *, target: float, every: int, most: int
 ) -> list[Point]:
     """Trains to the target at one batch and returns the noise scales on the way."""
     scales = {g: GradientNoiseScale(1, SMOOTHING, geometry=g, prefix=g) for g in GEOMETRIES}
     recorder = Recorder(scales, batch, target)
-    callbacks = [*scales.values(), *setting.average(batch), recorder]
-    _fit(setting, batch, callbacks, seed=seed, accumulate=PARTS, every=every, most=most)
+    callbacks = [*scales.values(), *average(batch), recorder]
+    _fit(setting, batch, callbacks, accumulate=PARTS, every=every, most=most)
     return recorder.points
 
 
@@ -77,13 +78,12 @@ def branched(
     samples: int,
     at: Sequence[int],
     every: int,
-    seed: int,
 ) -> list[Point]:
     """Trains at a small batch and returns what its branches say, as far as the last of ``at``."""
     branches = CriticalBatchSize(multipliers, samples=samples, at_samples=at, lr_rule="sqrt")
     recorder = Recorder({}, batch, 0.0)
-    callbacks = [*setting.average(batch), recorder, branches]
-    _fit(setting, batch, callbacks, seed=seed, accumulate=1, every=every, most=max(at) + every)
+    callbacks = [*average(batch), recorder, branches]
+    _fit(setting, batch, callbacks, accumulate=1, every=every, most=max(at) + every)
     return [_point(seen, found, recorder.losses) for seen, found in branches.history]
 
 
@@ -97,16 +97,15 @@ def _fit(
     batch: int,
     callbacks: list[Callback],
     *,
-    seed: int,
     accumulate: int,
     every: int,
     most: int,
 ) -> None:
-    seed_everything(seed, verbose=False)
+    seed_everything(setting.seed, verbose=False)
     steps = max(1, every // batch)
     options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+    options |= setting.trainer
     trainer = Trainer(
-        accelerator="cpu",
         accumulate_grad_batches=accumulate,
         callbacks=callbacks,
         check_val_every_n_epoch=None,
@@ -119,4 +118,5 @@ def _fit(
         **options,
     )
     micro_batch = min(batch // accumulate, MICRO_BATCH)
-    trainer.fit(setting.module(batch, setting.lr_at(batch)), datamodule=setting.data(micro_batch))
+    module, data = setting.module.fresh(setting.lr_at(batch)), setting.data.at(micro_batch)
+    trainer.fit(module, datamodule=data)

@@ -9,14 +9,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from examples.critical_batch.figure import draw
 from examples.critical_batch.measure import Point
 from lightning_ext.scaling import StepsToTarget, SweepRow, fit_critical_batch
 
 ROOT = Path(__file__).parent.parent.parent
-SMALL = "--width 16 --layers 1 --context 8 --batches 2 4 8 16 --target 5.2 --samples 800 --every 16"
-SMALL += " --noise-batch 16 --branch-batch 2 --branch-samples 64"
+SMALL = """
+model: {width: 16, layers: 1}
+data: {context: 8}
+study:
+  batches: [2, 4, 8, 16]
+  target: 5.2
+  max_samples: 800
+  evaluate_every_samples: 16
+  noise_batch: 16
+  branch_samples: 64
+"""
 
 
 @pytest.fixture
@@ -50,9 +60,10 @@ def read(path: Path) -> list[dict[str, str]]:
 
 # One test, because each part needs the same run.
 def test_it_ends_with_a_table_and_a_figure(tmp_path: Path, folder: Path) -> None:
-    done = start(tmp_path / "out", *SMALL.split(), "--data", str(folder))
+    (tmp_path / "small.yaml").write_text(SMALL)
+    done = start(tmp_path / "out", f"--config={tmp_path / 'small.yaml'}", f"--data.folder={folder}")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # no warning
+    assert done.stderr == "Seed set to 0\n"  # no warning
 
     for name in ("knee", "overhead", "sfo_minimum", "euclidean", "l1", "nuclear", "adam"):
         assert f"│ {name} " in done.stdout
@@ -66,6 +77,8 @@ def test_it_ends_with_a_table_and_a_figure(tmp_path: Path, folder: Path) -> None
         "8",
         "16",
     }
+    (run,) = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"critical_batch" in run.read_bytes()
     measured = {row["name"] for row in read(tmp_path / "out" / "run.csv")}
     assert measured == {"euclidean", "l1", "nuclear", "adam", "branched"}
 
@@ -82,3 +95,16 @@ def test_the_figure_shows_every_part_also_where_limits_are_infinite(tmp_path: Pa
     ]
     draw(tmp_path / "new" / "figure.png", rows, table, fit, points, {"adam": 20.0})
     assert (tmp_path / "new" / "figure.png").stat().st_size > 10_000
+
+
+def test_an_agent_of_the_sweep_runs_one_batch(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "small.yaml").write_text(SMALL)
+    sweep = yaml.safe_load((ROOT / "examples" / "critical_batch" / "sweep.yaml").read_text())
+    (swept,) = sweep["parameters"].items()
+    own = [word for word in sweep["command"] if word[0] == "-" and "wandb" not in word]
+    batch = f"--{swept[0]}={swept[1]['values'][1]}"
+    small = f"--config={tmp_path / 'small.yaml'}"
+    done = start(tmp_path / "out", small, *own, batch, f"--data.folder={folder}", "--wandb=off")
+    assert done.returncode == 0, done.stderr
+    assert {row["global_batch"] for row in read(tmp_path / "out" / "sweep.csv")} == {"4"}
+    assert ROOT / sweep["program"] == ROOT / "examples" / "critical_batch" / "main.py"
