@@ -1,11 +1,19 @@
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Those of the site: whatever Sphinx is given is read here, too.
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("README.md")),
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ARXIV = re.compile(r"arxiv\.org/(\S*?)(?=[\s)>\]]|$)", re.MULTILINE)
+ARXIV_PAPER = re.compile(r"abs/\d{4}\.\d{4,5}(v\d+)?")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 
 
@@ -31,3 +39,19 @@ def test_a_block_runs(
 def test_links_lead_somewhere(page: Path) -> None:
     links = LINK.findall(page.read_text(encoding="utf-8"))
     assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_identifiers_of_papers_are_well_formed() -> None:
+    """Other addresses cannot be asked for without a network; anchors are left to Sphinx."""
+    links = [(page, x) for page in PAGES for x in ARXIV.findall(page.read_text(encoding="utf-8"))]
+    assert links
+    assert not [(page, link) for page, link in links if not ARXIV_PAPER.fullmatch(link)]
+
+
+def test_every_room_has_a_page_of_the_reference() -> None:
+    packages = {path.parent.name for path in (ROOT / "lightning_ext").glob("[a-z]*/__init__.py")}
+    rooms = {name for name in packages if import_module(f"lightning_ext.{name}").__all__}
+    pages = {path.stem for path in (ROOT / "docs" / "api").glob("[a-z]*.md")}
+    assert pages == rooms
+    table = (ROOT / "docs" / "api" / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| \[`(\w+)`\]\(\1\.md\)", table, re.MULTILINE)) == rooms
