@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # without a GPU, whose tests `make gpu` runs.
 CPU := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: help check test slow demo gpu clean
+.PHONY: help check docs test slow demo bench gpu dist clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -20,6 +20,9 @@ check: $(VENV)/.dev ## lint, format, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.docs ## the documentation, in build/docs; a broken link or docstring is an error
+	$(BIN)/python -m sphinx -c docs -a -E -W --keep-going -q . build/docs
+
 test: $(VENV)/.dev ## the test suite, on the CPU
 	$(CPU) $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal --timeout 120
 
@@ -29,8 +32,14 @@ slow: $(VENV)/.dev ## the longer studies that `make test` leaves out
 demo: $(VENV)/.examples ## the quickstart
 	$(BIN)/python examples/quickstart.py
 
+bench: $(VENV)/.bench ## ours beside its peers, on two quiet cores; writes the table of README.md
+	$(BIN)/python benchmarks/bench.py
+
 gpu: ## GPU tests and benchmarks, with the python that is there
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
+
+dist: ## the wheel and the source archive, tried in an empty environment
+	PYTHON=$(PYTHON) .ci/dist
 
 clean: ## remove the environment, caches and run folders
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
@@ -46,4 +55,14 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.examples: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[examples]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[docs]'
+	@touch $@
+
+# Peers without what they depend on: some would bring another torch, or torchvision.
+$(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[dev,examples,bnb]'
+	$(INSTALL) --no-deps gns-pytorch ema-pytorch timm torchao open_clip_torch
 	@touch $@

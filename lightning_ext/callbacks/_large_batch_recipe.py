@@ -8,7 +8,7 @@ Differs: their remarks are compared with the run at hand, not with ImageNet's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -67,7 +67,7 @@ class LargeBatchRecipe(Callback):
         *,
         reference_batch: int | None = None,
         reference_lr: float | None = None,
-        on_problem: str = "print",
+        on_problem: Literal["print", "warn", "raise"] = "print",
     ) -> None:
         require_count("reference_batch", reference_batch, optional=True)
         if reference_lr is not None:

@@ -24,7 +24,7 @@ class NormLoss(Callback):
     r"""Adds the gradient of a penalty on norms to that of the loss.
 
     .. math:: \lambda \sum_c (1 - \|w_c\|)^2, \qquad
-        g_c \leftarrow g_c + 2 \lambda \Big(1 - \frac{1}{\|w_c\|}\Big) w_c
+        g_c \leftarrow g_c + 2 \lambda \left(1 - \frac{1}{\|w_c\|}\right) w_c
 
     over the rows c of every weight of at least two dimensions, flattened: one for each output
     channel. Once per optimizer step, to the gradient of the whole batch and before the Trainer's

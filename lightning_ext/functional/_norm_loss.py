@@ -51,7 +51,7 @@ def norm_loss_grad_(
 ) -> list[Tensor]:
     r"""Add the gradient of ``norm_loss`` to gradients, in place.
 
-    .. math:: g_c \leftarrow g_c + 2 \lambda \Big(1 - \frac{1}{\|w_c\|}\Big) w_c
+    .. math:: g_c \leftarrow g_c + 2 \lambda \left(1 - \frac{1}{\|w_c\|}\right) w_c
 
     Nothing is added where all of :math:`w_c` is 0.
 

@@ -129,7 +129,7 @@ def _by_rank(counts: Sequence[int]) -> str:
 
 def _table(rows: Sequence[Advice]) -> list[str]:
     cells = [("law", "quantity", "value", "unit", "note")]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.value is None):  # answers first
         value = "refused" if row.value is None else f"{row.value:.4g}"
         cells.append((row.law, row.quantity, value, row.unit, row.note))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -57,20 +57,19 @@ class DeepSpeedZeroPPStrategy(DeepSpeedStrategy):
 
     Args:
         hpz_partition_size: Ranks over which a second copy of the weights is split, for the backward
-            pass; ``"auto"``: the ranks of a node, none where there is one node or one rank in each;
-            ``None``: no second copy.
+            pass; ``"auto"``: those of a node, unless it has one or all; ``None``: no second copy.
         quantize_weights: ``"auto"``: on CUDA devices, and not on CPUs, where DeepSpeed cannot.
         quantize_gradients: The same.
         quantize_nontrainable_weights: Whether frozen weights are kept as INT8, too.
         ranks_per_node: Neighbouring ranks that share a node; ``"auto"``: the Trainer's ``devices``.
+        stage: 3, the only one that ZeRO++ refines.
         config: A DeepSpeed config, or the path of one: merged into Lightning's defaults, and left
             as it is. What it says of ``zero_optimization`` counts where no argument does.
         kwargs: Of Lightning's ``DeepSpeedStrategy``, such as ``offload_optimizer``.
 
     Raises:
         ModuleNotFoundError: DeepSpeed is not installed.
-        MisconfigurationException: Another stage than 3, an argument and the config that disagree,
-            and in ``fit`` what does not fit the ranks or the device.
+        MisconfigurationException: Another stage, or what disagrees with config, ranks or device.
 
     Example:
         >>> from lightning_ext.strategies import DeepSpeedZeroPPStrategy
@@ -87,6 +86,7 @@ class DeepSpeedZeroPPStrategy(DeepSpeedStrategy):
         quantize_gradients: bool | Literal["auto"] = "auto",
         quantize_nontrainable_weights: bool = False,
         ranks_per_node: int | Literal["auto"] = "auto",
+        stage: int = 3,
         config: str | Path | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -98,9 +98,9 @@ class DeepSpeedZeroPPStrategy(DeepSpeedStrategy):
         self._options = ZeroPPOptions(
             hpz_partition_size, quantize_weights, quantize_gradients, quantize_nontrainable_weights
         )
-        check_stage(kwargs.pop("stage", 3), kwargs.get("zero_optimization", True))
+        check_stage(stage, kwargs)
         super().__init__(stage=3, config=config, **kwargs)
-        check_given(self._given, self._options.set_by_user() | kwargs)
+        check_given(self._given, self._options.set_by_user(), kwargs)
         self._base: Config = merged(self.config or {}, self._given)
         self.config = merged(self._base, {"zero_optimization": self._options.set_by_user()})
 

@@ -22,7 +22,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -93,7 +93,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         device_mesh: tuple[int, int] | None = None,
         reshard_after_forward: bool | int = True,
         mp_policy: MixedPrecisionPolicy | None = None,
-        offload_policy: OffloadPolicy | None = None,
+        offload_policy: OffloadPolicy | CPUOffloadPolicy | None = None,
         find_unused_parameters: bool = False,
         ranks_per_node: int | Literal["auto"] = "auto",
         save_distributed_checkpoint: bool = True,

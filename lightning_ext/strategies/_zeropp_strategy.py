@@ -15,7 +15,7 @@ from typing import Any, Literal
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from typing_extensions import override
 
 from lightning_ext.strategies._fsdp2._arguments import checked
@@ -82,7 +82,7 @@ class ZeroPPStrategy(FSDP2Strategy):
         error_format: Literal["int8", "float32"] = "int8",
         mp_policy: MixedPrecisionPolicy | None = None,
         find_unused_parameters: bool = False,
-        offload_policy: OffloadPolicy | None = None,
+        offload_policy: OffloadPolicy | CPUOffloadPolicy | None = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,

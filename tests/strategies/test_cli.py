@@ -1,4 +1,4 @@
-"""Strategies on the command line of a LightningCLI, by name and by class."""
+"""Strategies on the command line of a LightningCLI, with the arguments of a class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from harness import Classifier
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_ext.strategies import FSDP2Strategy, ZeroPPStrategy
+from lightning_ext.strategies import FSDP2Strategy
 
 CARD = Path(__file__).parents[2] / "docs" / "methods" / "fsdp2.md"
 FSDP2 = "lightning_ext.strategies.FSDP2Strategy"
@@ -31,14 +31,6 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def cli(args: list[str]) -> LightningCLI:
     return LightningCLI(Classifier, run=False, save_config_callback=None, args=args)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "kind"), [("fsdp2", FSDP2Strategy), ("zeropp", ZeroPPStrategy)]
-)
-def test_a_name_is_enough(options: list[str], strategy: str, kind: type) -> None:
-    made = cli([*options, f"--trainer.strategy={strategy}"]).trainer.strategy
-    assert type(made) is kind
 
 
 def test_a_class_takes_its_arguments(options: list[str]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 Config = dict[str, Any]
@@ -34,24 +36,32 @@ def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
     return result
 
 
-def check_stage(stage: int, zero_optimization: bool) -> None:
+def check_stage(stage: int, others: Mapping[str, Any]) -> None:
     """Refuses arguments for another stage than 3.
+
+    Args:
+        stage: What was set.
+        others: The other arguments of Lightning's strategy.
 
     Raises:
         MisconfigurationException: With the stage.
     """
+    zero_optimization = others.get("zero_optimization", True)
     if stage != 3 or not zero_optimization:
         raise MisconfigurationException(
             f"stage={stage} and zero_optimization={zero_optimization} were set; {_STAGE}"
         )
 
 
-def check_given(given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def check_given(
+    given: Mapping[str, Any], options: Mapping[str, Any], others: Mapping[str, Any]
+) -> None:
     """Refuses a user's config that says something else than the arguments beside it.
 
     Args:
         given: The config.
         options: Arguments that were set, by their keys in the section ``zero_optimization``.
+        others: Lightning's arguments. A default says nothing: a LightningCLI passes those too.
 
     Raises:
         MisconfigurationException: With both values.
@@ -66,7 +76,9 @@ def check_given(given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         raise MisconfigurationException(
             f"zero_optimization.stage is {zero['stage']!r} in the DeepSpeed config; {_STAGE}"
         )
-    for key, option in options.items():
+    lightnings = signature(DeepSpeedStrategy).parameters
+    set_here = {key: x for key, x in others.items() if x != lightnings[key].default}
+    for key, option in {**options, **set_here}.items():
         if zero.get(key, option) != option:
             raise MisconfigurationException(
                 f"{key} is {zero[key]!r} in the section zero_optimization of the DeepSpeed config,"

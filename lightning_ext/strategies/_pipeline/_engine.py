@@ -197,9 +197,10 @@ class Engine:
         try:
             schedule = cls(made, count, loss_fn=loss, scale_grads=False)
         except ValueError as error:  # the same on all ranks
+            reason = str(error).rstrip(".")
             raise MisconfigurationException(
                 f"torch's {cls.__name__} does not take {count} micro-batches on"
-                f" {len(self.owners)} stages and {dist.get_world_size(self.group)} ranks: {error}."
+                f" {len(self.owners)} stages and {dist.get_world_size(self.group)} ranks: {reason}."
                 " Hint: another num_microbatches, or schedule='breadth_first'."
             ) from error
         return schedule, stages
