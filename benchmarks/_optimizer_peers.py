@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from benchmarks._peers import found_member
 
 Groups = list[dict[str, Any]]
 Grouping = Callable[[list[Parameter], list[Parameter]], Groups]
@@ -79,10 +77,8 @@ class Maker(NamedTuple):
         self, matrices: list[Parameter], vectors: list[Parameter], **settings: Any
     ) -> Optimizer:
         """Make it, of parameters."""
-        module, _, name = self.path.rpartition(".")
-        made: Optimizer = getattr(found_module(module), name)(
-            self.grouping(matrices, vectors), **settings | self.settings
-        )
+        kind = found_member(self.path)
+        made: Optimizer = kind(self.grouping(matrices, vectors), **settings | self.settings)
         return made
 
 
@@ -102,31 +98,6 @@ class Thing(NamedTuple):
     peers: tuple[Maker, ...]
     tolerance: float = 1e-3
     shapes: tuple[str, ...] | None = None
-
-
-def found_module(name: str) -> ModuleType:
-    """Import a module; of timm without its `__init__`, which needs torchvision."""
-    if name.startswith("timm."):
-        for package in ("timm", "timm.optim"):
-            if package not in sys.modules:
-                bare_package(package)
-    return import_module(name)
-
-
-def bare_package(name: str) -> None:
-    """Put a package in place whose modules can be imported, without running it."""
-    spec = find_spec(name)
-    if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError(f"{name} is not installed")
-    module = ModuleType(name)
-    module.__path__ = list(spec.submodule_search_locations)
-    module.__spec__ = spec
-    sys.modules[name] = module
-
-
-def present(package: str) -> bool:
-    """Return whether a peer is installed."""
-    return package in sys.modules or find_spec(package) is not None
 
 
 def kozistr(name: str, differs: str = "", **settings: Any) -> Maker:

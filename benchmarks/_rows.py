@@ -50,6 +50,7 @@ def write(rows: list[dict[str, str]], path: Path) -> None:
     new = {tuple(row[key] for key in KEY) for row in rows}
     kept = [row for row in kept if tuple(row[key] for key in KEY) not in new]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        columns = dict.fromkeys(name for row in (*rows, *kept) for name in row)
+        writer = csv.DictWriter(file, fieldnames=list(columns), restval="")
         writer.writeheader()
         writer.writerows(sorted([*kept, *rows], key=lambda row: [row[key] for key in KEY]))

@@ -1,8 +1,9 @@
-"""Time an optimizer step with and without each callback, in pairs of short fits in one process.
+"""Time an optimizer step with and without each callback, in short fits in turn in one process.
 
     PYTHONPATH=. python benchmarks/callback_overhead.py --device cpu
 
-The fits are shorter than `log_every_n_steps`, so that only their last step logs. First it asserts
+Each round has one fit without and one with each callback; the figures are of pairs in a round. The
+fits are shorter than `log_every_n_steps`, so that only their last step logs. First it asserts
 that the neutral callback leaves the weights bit for bit as they are without it. Rows go to
 `benchmarks/results/callback_overhead.csv`, one for each thing, variant, mode, dtype, shape and
 device; a new run replaces its rows.
@@ -14,10 +15,9 @@ import argparse
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from benchmarks._pairs import Times, interval
 from benchmarks._rows import KEY, describe, name_of, write
 from examples.language_model.data import TextFolder, Windows
 from examples.language_model.module import GPT
@@ -149,24 +150,44 @@ def fit(shape: str, device: str, callbacks: list[Callback]) -> tuple[float, Ligh
     return clock.milliseconds, module
 
 
-def measure(thing: str, shape: str, device: str, pairs: int) -> dict[str, str]:
-    """Assert that nothing but time differs, then return the ratio of step times."""
-    batch, make = 2 * MICRO_BATCH[shape], THINGS[thing][1]
-    plain, used = fit(shape, device, [])[1], fit(shape, device, make(batch))[1]
+def check(thing: str, shape: str, device: str) -> None:
+    """Assert that nothing but time differs."""
+    plain, used = (fit(shape, device, make(thing, shape))[1] for make in (nothing, callbacks_of))
     for one, other in zip(plain.parameters(), used.parameters(), strict=True):
         assert torch.equal(one, other), f"{thing} changes the weights"
-    times = []
-    for pair in range(pairs):
-        order = ([], make(batch)) if pair % 2 else (make(batch), [])
-        taken = [fit(shape, device, callbacks)[0] for callbacks in order]
-        times.append(taken if pair % 2 else taken[::-1])
-    without, using = np.array(times).T
-    ratios = using / without
-    draws = np.random.default_rng(0).choice(ratios, (2000, pairs))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    figures = {"ratio": median(ratios), "low": low, "high": high}
-    figures |= {"ms_without": median(without), "ms_added": median(using - without)}
-    return {name: f"{value:.4g}" for name, value in figures.items()} | {"pairs": str(pairs)}
+
+
+def nothing(thing: str, shape: str) -> list[Callback]:
+    """A fit without."""
+    return []
+
+
+def callbacks_of(thing: str, shape: str) -> list[Callback]:
+    """A fit with the callbacks of a thing."""
+    return THINGS[thing][1](2 * MICRO_BATCH[shape])
+
+
+def measure(
+    things: Sequence[str], shape: str, device: str, rounds: int
+) -> dict[str, dict[str, str]]:
+    """Assert that nothing but time differs, then return the ratios of step times by thing."""
+    for thing in things:
+        check(thing, shape, device)
+    makes = {"": nothing} | dict.fromkeys(things, callbacks_of)
+    times, names = {name: np.empty(rounds) for name in makes}, [*makes]
+    for k in range(rounds):
+        first = k % len(names)
+        for name in names[first:] + names[:first]:
+            times[name][k] = fit(shape, device, makes[name](name, shape))[0]
+    return {thing: figures(times[thing], times[""]) for thing in things}
+
+
+def figures(using: Times, without: Times) -> dict[str, str]:
+    """The ratio, its interval and the time that is added."""
+    found = interval(using / without)
+    found |= {"ms_without": float(np.median(without))}
+    found |= {"ms_added": float(np.median(using - without))}
+    return {name: f"{value:.4g}" for name, value in found.items()} | {"pairs": str(len(using))}
 
 
 def _wait(device: torch.device) -> None:
@@ -181,20 +202,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--shapes", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--things", nargs="+", choices=THINGS, default=list(THINGS))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows go")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     rows = []
     for shape in args.shapes:
-        for thing in args.things:
-            if shape not in SHAPES.get(thing, {shape}):
-                continue
+        things = [x for x in args.things if shape in SHAPES.get(x, {shape})]
+        for thing, found in measure(things, shape, args.device, args.pairs).items():
             key = (thing, THINGS[thing][0], "fit", "float32", shape, name_of(args.device))
-            found = measure(thing, shape, args.device, args.pairs)
             rows.append(dict(zip(KEY, key, strict=True)) | found | describe())
-            print(" ".join((*key[:1], shape)), found)
-    write(rows, RESULTS)
+            print(thing, shape, found)
+    write(rows, args.results)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Time the contrastive losses by tiles against their dense formulas, and measure their memory.
+"""Time the contrastive losses by tiles beside their dense formulas, and measure their memory.
 
     PYTHONPATH=. python benchmarks/contrastive.py --device cpu
     PYTHONPATH=. python benchmarks/contrastive.py --things clip_loss --batches 16384:10
 
-Side by side in one process: the loss forward and backward by tiles, and the dense one that has the
-whole matrix of logits, in turn, as many pairs as are given after the colon; with `--minutes-only`
-it times one pair of each and says how many minutes all of them would take. Where the dense formula
-does not fit into the memory there is no row. Inputs are normalised rows that resemble each other in
-pairs. First both are compared with float64 on a smaller batch.
+Side by side in one process: the loss forward and backward by tiles, the dense one that has the
+whole matrix of logits, and that of open_clip where it has one and is installed (`pip install
+--no-deps open_clip_torch`; it is read without torchvision), in turn, as many rounds as are given
+after the colon; with `--minutes-only` it times one round of each and says how many minutes all of
+them would take. Where the dense formula does not fit into the memory there is no row. Inputs are
+normalised rows that resemble each other in pairs. First all are compared with float64 on a smaller
+batch.
 Memory is the peak above the inputs, of one pass in a fresh process. Rows go to
-`benchmarks/results/contrastive.csv`; `ratio` is that of tiles to dense.
+`benchmarks/results/contrastive.csv`; `ratio` is the time of tiles to that of `base`.
 """
 
 from __future__ import annotations
@@ -18,17 +20,19 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.callback_overhead import KEY, describe, name_of, write
+from benchmarks._pairs import Times, in_turn, interval
+from benchmarks._peers import found_member, present, versions_of
+from benchmarks._rows import KEY, describe, name_of, write
+from benchmarks.geometry import timed
 from lightning_ext.functional import clip_loss, info_nce_loss, nt_xent_loss, siglip_loss
 
 RESULTS = Path(__file__).resolve().parent / "results" / "contrastive.csv"
@@ -67,12 +71,31 @@ def tiled_siglip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return siglip_loss(x, y, scale, -10.0)
 
 
+def open_clip_clip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The ClipLoss of open_clip, of one process."""
+    loss: Tensor = found_member("open_clip.loss.ClipLoss")()(x, y, scale)
+    return loss
+
+
+def open_clip_siglip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The SigLipLoss of open_clip, of one process."""
+    loss: Tensor = found_member("open_clip.loss.SigLipLoss")()(x, y, scale, -10.0)
+    return loss
+
+
 LOSSES: dict[str, dict[str, Loss]] = {
     "clip_loss": {"tiles": clip_loss, "dense": dense_clip},
     "info_nce_loss": {"tiles": info_nce_loss, "dense": dense_info_nce},
     "nt_xent_loss": {"tiles": nt_xent_loss, "dense": dense_nt_xent},
     "siglip_loss": {"tiles": tiled_siglip, "dense": dense_siglip},
 }
+PEERS: dict[str, Loss] = {"clip_loss": open_clip_clip, "siglip_loss": open_clip_siglip}
+
+
+def losses_of(thing: str) -> dict[str, Loss]:
+    """Tiles, dense, and open_clip's where it is there."""
+    theirs = {"open_clip": PEERS[thing]} if thing in PEERS and present("open_clip") else {}
+    return LOSSES[thing] | theirs
 
 
 def make(batch: int, width: int, scale: float, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -91,41 +114,26 @@ def run(loss: Loss, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check(thing: str, args: argparse.Namespace) -> None:
-    """Assert that tiles are at most twice as far from float64 as the dense formula is."""
+    """Assert that all are at most twice as far from float64 as the dense formula is."""
     inputs = make(1500, args.width, args.scale, DTYPES[args.dtype], args.device)
-    losses, floor = LOSSES[thing], 1e-6 if args.dtype == "float32" else 8e-3
-    exact = run(losses["dense"], [v.detach().double().requires_grad_() for v in inputs])
-    for truth, ours, theirs in zip(exact, *(run(losses[k], inputs) for k in losses), strict=True):
-        errors = [((v.double() - truth).norm() / truth.norm()).item() for v in (ours, theirs)]
-        assert errors[0] <= max(2 * errors[1], floor), f"{thing}: {errors[0]}, dense {errors[1]}"
+    floor = 1e-6 if args.dtype == "float32" else 8e-3
+    exact = run(LOSSES[thing]["dense"], [v.detach().double().requires_grad_() for v in inputs])
+    errors = {}
+    for name, loss in losses_of(thing).items():
+        pairs = zip(run(loss, inputs), exact, strict=True)
+        errors[name] = [((v.double() - y).norm() / y.norm()).item() for v, y in pairs]
+    for name, each in errors.items():
+        for error, dense in zip(each, errors["dense"], strict=True):
+            assert error <= max(2 * dense, floor), f"{thing}, {name}: {error}, dense {dense}"
 
 
-def timed(call: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call."""
-    _wait(device)
-    start = time.perf_counter()
-    call()
-    _wait(device)
-    return 1e3 * (time.perf_counter() - start)
-
-
-def compare(thing: str, batch: int, pairs: int, args: argparse.Namespace) -> dict[str, str]:
-    """Time tiles and dense in turn."""
+def compare(thing: str, batch: int, pairs: int, args: argparse.Namespace) -> dict[str, Times]:
+    """Milliseconds of all of them in turn; none with `--minutes-only`."""
     inputs = make(batch, args.width, args.scale, DTYPES[args.dtype], args.device)
-    calls = [lambda loss=loss: run(loss, inputs) for loss in LOSSES[thing].values()]
-    say_minutes(thing, batch, pairs, [timed(call, args.device) for call in calls])
-    if args.minutes_only:
-        return {}
-    times = np.empty((pairs, 2))
-    for pair in range(pairs):
-        for place in (0, 1) if pair % 2 else (1, 0):
-            times[pair, place] = timed(calls[place], args.device)
-    ratios = times[:, 0] / times[:, 1]
-    draws = np.random.default_rng(0).choice(ratios, (2000, pairs))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    found = {"ratio": median(ratios), "low": low, "high": high}
-    found |= {"ms_tiles": np.median(times[:, 0]), "ms_dense": np.median(times[:, 1])}
-    return {name: f"{value:.4g}" for name, value in found.items()} | {"pairs": str(pairs)}
+    calls = {name: partial(run, loss, inputs) for name, loss in losses_of(thing).items()}
+    first = [timed(call, args.device, 1) for call in calls.values()]
+    say_minutes(thing, batch, pairs, first)
+    return {} if args.minutes_only else in_turn(calls, args.device, pairs)
 
 
 def say_minutes(thing: str, batch: int, pairs: int, first: list[float]) -> None:
@@ -150,7 +158,7 @@ def available() -> float:
 
 def peak(thing: str, variant: str, batch: int, args: argparse.Namespace) -> float:
     """MiB above the inputs, in this process, which has done nothing else."""
-    loss = LOSSES[thing][variant]
+    loss = losses_of(thing)[variant]
     run(loss, make(4, args.width, args.scale, DTYPES[args.dtype], args.device))
     inputs = make(batch, args.width, args.scale, DTYPES[args.dtype], args.device)
     if args.device == "cuda":
@@ -170,21 +178,14 @@ def resident(name: str) -> float:
     return int(kib) / 1024
 
 
-def peak_of_fresh_process(
-    thing: str, variant: str, batch: int, args: argparse.Namespace
-) -> dict[str, str]:
+def peak_of_fresh_process(thing: str, variant: str, batch: int, args: argparse.Namespace) -> float:
     """Run this script again for one figure."""
     options = {"--dtype": args.dtype, "--width": args.width, "--scale": args.scale}
     options |= {"--device": args.device, "--threads": args.threads}
     words = [str(word) for option in options.items() for word in option]
     command = [sys.executable, __file__, "--peak", thing, variant, str(batch), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {f"mib_{variant}": f"{json.loads(done.stdout):.0f}"}
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    return float(json.loads(done.stdout))
 
 
 def arguments() -> argparse.Namespace:
@@ -198,6 +199,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1 / 0.07)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows go")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -220,17 +222,34 @@ def main() -> None:
 
 
 def measure(thing: str, batch: int, pairs: int, args: argparse.Namespace) -> None:
-    """Write the row of a loss at a batch."""
-    device = name_of(args.device).replace("1 thread", f"{args.threads} threads")
+    """Write the rows of a loss at a batch: tiles beside each of the others."""
+    times = compare(thing, batch, pairs, args)
+    mib = {name: peak_of_fresh_process(thing, name, batch, args) for name in times}
+    rows = [row(thing, batch, base, times, mib, args) for base in times if base != "tiles"]
+    if rows:
+        write(rows, args.results)
+
+
+def row(
+    thing: str,
+    batch: int,
+    base: str,
+    times: dict[str, Times],
+    mib: dict[str, float],
+    args: argparse.Namespace,
+) -> dict[str, str]:
+    """Tiles beside one other."""
+    mode = "forward and backward" + ("" if base == "dense" else f" beside {base}")
     shape = f"batch={batch},width={args.width},scale={args.scale:.3g}"
-    key = (thing, "tiles", "forward and backward", args.dtype, shape, device)
-    found = compare(thing, batch, pairs, args)
-    if not found:
-        return
-    for variant in LOSSES[thing]:
-        found |= peak_of_fresh_process(thing, variant, batch, args)
-    write([dict(zip(KEY, key, strict=True)) | found | describe()], RESULTS)
-    print(thing, shape, found, flush=True)
+    device = name_of(args.device, args.threads)
+    key = dict(zip(KEY, (thing, "tiles", mode, args.dtype, shape, device), strict=True))
+    found = interval(times["tiles"] / times[base])
+    found |= {"ms": float(np.median(times["tiles"])), "ms_base": float(np.median(times[base]))}
+    texts = {name: f"{value:.4g}" for name, value in found.items()}
+    texts |= {"pairs": str(len(times[base]))}
+    texts |= {"mib": f"{mib['tiles']:.0f}", "mib_base": f"{mib[base]:.0f}"}
+    print(thing, shape, "beside", base, texts, flush=True)
+    return key | {"base": base} | texts | describe() | versions_of("open_clip")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,12 @@ Side by side in one process, in pairs of one call each: an operation, and the pl
 torch to the same result, `torch._foreach_lerp_` for averages. First it asserts that averages are
 the same in every bit, and norms against float64. Rows go to `benchmarks/results/ema.csv`; `ratio`
 is the time of the variant to that of `base`.
+
+    pip install --target /tmp/peers --no-deps ema-pytorch timm
+    PYTHONPATH=.:/tmp/peers python benchmarks/ema.py --beside
+
+times our average and those of other packages, all in turn and each in its fastest form, instead:
+a row for each of them as `base`, and one for the fastest.
 """
 
 from __future__ import annotations
@@ -23,7 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from benchmarks.callback_overhead import KEY, describe, name_of, write
+from benchmarks import _ema_peers
+from benchmarks._pairs import in_turn, interval
+from benchmarks._peers import versions_of
+from benchmarks._rows import KEY, describe, name_of, write
 from benchmarks.geometry import timed
 from lightning_ext import kernels
 
@@ -185,6 +194,28 @@ def compare(row: Row, device: str, pairs: int) -> dict[str, str]:
     return {name: f"{value:.4g}" for name, value in found.items()} | {"pairs": str(pairs)}
 
 
+def beside(weights: Weights, shape: str, threads: int, pairs: int) -> list[dict[str, str]]:
+    """Time ours and the averages of other packages in turn."""
+    kind = next(weights.parameters()).device.type
+    _ema_peers.check(weights, DECAY)
+    made = _ema_peers.averages(weights, DECAY)
+    times = in_turn({name: each.update for name, each in made.items()}, kind, pairs)
+    medians = {name: float(np.median(x)) for name, x in times.items()}
+    ours = _ema_peers.OURS
+    best = min((x for x in made if x != ours), key=lambda name: medians[name])
+    modes = {f"beside {name}": name for name in made if name != ours}
+    rows = []
+    for mode, base in (modes | {"beside the fastest": best}).items():
+        key = ("ema", ours, mode, "float32", shape, name_of(kind, threads))
+        figures = interval(times[ours] / times[base])
+        figures |= {"ms": medians[ours], "ms_base": medians[base]}
+        texts = {column: f"{value:.4g}" for column, value in figures.items()}
+        row = dict(zip(KEY, key, strict=True)) | {"base": base} | texts | {"pairs": str(pairs)}
+        rows.append(row | describe() | versions_of(*_ema_peers.PACKAGES))
+        print(shape, mode, texts, flush=True)
+    return rows
+
+
 @torch.no_grad()
 def main() -> None:
     """Measure every operation at every shape."""
@@ -193,13 +224,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--beside", action="store_true", help="ours and other packages instead")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows go")
     args = parser.parse_args()
     written = []
     threads = args.threads if args.device == "cpu" else [1]
     for count, shape in itertools.product(threads, args.shapes):
         torch.set_num_threads(count)
-        device = name_of(args.device).replace("1 thread", f"{count} thread{'s' * (count > 1)}")
+        device = name_of(args.device, count)
         weights = Weights(shape, args.device)
+        if args.beside:
+            written += beside(weights, shape, count, args.pairs)
+            continue
         check(weights)
         for row in (*ema_rows(weights), *norm_rows(weights)):
             found = compare(row, args.device, args.pairs)
@@ -207,7 +243,7 @@ def main() -> None:
             named = dict(zip(KEY, key, strict=True)) | {"base": row.base}
             written.append(named | found | describe())
             print(count, *key[:5], found)
-    write(written, RESULTS)
+    write(written, args.results)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import itertools
 import sys
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._low_bit_bytes import FORMATS, MATRICES, classes, measured, state_bytes
 from benchmarks._low_bit_peers import THINGS, Thing, Variant
-from benchmarks._optimizer_peers import ANCHOR, OURS, present
+from benchmarks._optimizer_peers import ANCHOR, OURS
 from benchmarks._pairs import in_turn
+from benchmarks._peers import present, versions_of
 from benchmarks._rows import KEY, describe, name_of, write
 from benchmarks.optimizers import figures, parameters
 
@@ -142,8 +142,7 @@ def key(thing: str, variant: str, mode: str, shape: str, device: str) -> dict[st
 
 def versions() -> dict[str, str]:
     """Where rows are from, and which peers were there."""
-    there = {x: version(x) if present(x) else "absent" for x in PACKAGES}
-    return describe("torch") | there
+    return describe("torch") | versions_of(*PACKAGES)
 
 
 def main() -> None:
@@ -155,6 +154,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--things", nargs="*", choices=THINGS, default=list(THINGS))
     parser.add_argument("--bytes", action="store_true", help="count those of all formats, too")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows go")
     args = parser.parse_args()
     begun, written = time.perf_counter(), []
     torch.set_num_threads(args.threads)
@@ -162,10 +162,10 @@ def main() -> None:
     for shape, name in itertools.product(args.shapes, args.things):
         if shape in (THINGS[name].shapes or args.shapes):
             written += rows_of(name, shape, args.device, args.threads, args.pairs)
-            write(written, RESULTS)
+            write(written, args.results)
     if args.bytes:
         written += rows_of_bytes()
-    write(written, RESULTS)
+    write(written, args.results)
     print(f"{len(written)} rows in {time.perf_counter() - begun:.0f} s")
 
 

@@ -17,7 +17,6 @@ import argparse
 import itertools
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,9 @@ from torch.optim import Optimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks._optimizer_peers import ANCHOR, FUSED_ADAMW, OURS, THINGS, Maker, Thing, present
+from benchmarks._optimizer_peers import ANCHOR, FUSED_ADAMW, OURS, THINGS, Maker, Thing
 from benchmarks._pairs import Times, in_turn, interval
+from benchmarks._peers import present, versions_of
 from benchmarks._rows import KEY, describe, name_of, write
 
 RESULTS = Path(__file__).resolve().parent / "results" / "optimizers.csv"
@@ -157,8 +157,7 @@ def difference(thing: Thing, variant: str) -> str:
 
 def versions() -> dict[str, str]:
     """Where rows are from, and which peers were there."""
-    found = {x: version(x) if present(x) else "absent" for x in PACKAGES}
-    return describe("torch") | found
+    return describe("torch") | versions_of(*PACKAGES)
 
 
 def main() -> None:
@@ -169,6 +168,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--things", nargs="+", choices=THINGS, default=list(THINGS))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows go")
     args = parser.parse_args()
     begun, written = time.perf_counter(), []
     threads = args.threads if args.device == "cpu" else [1]
@@ -176,7 +176,7 @@ def main() -> None:
         if shape in (THINGS[name].shapes or args.shapes):
             torch.set_num_threads(count)
             written += rows_of(name, shape, args.device, count, args.pairs)
-    write(written, RESULTS)
+    write(written, args.results)
     print(f"{len(written)} rows in {time.perf_counter() - begun:.0f} s")
 
 

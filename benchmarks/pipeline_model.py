@@ -162,7 +162,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 def draw_schedules() -> None:
     """The four schedules on four ranks, with the same layers on each rank."""
-    figure = Figure(figsize=(12, 8.4), layout="constrained")
+    figure = Figure(figsize=(8.6, 7.6), layout="constrained")
     handles: list[Any] = []
     axes_of = figure.subplots(4, 1, sharex=True)
     for axes, schedule in zip(axes_of, scaling.PIPELINE_SCHEDULES, strict=True):
@@ -179,8 +179,8 @@ def draw_schedules() -> None:
         handles = max(handles, found, key=len)
     axes_of[-1].set_xlabel("ms")
     axes_of[-1].set_xlim(0, 66)
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    figure.savefig(SCHEDULES, dpi=100)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    figure.savefig(SCHEDULES, dpi=120)
 
 
 def main() -> None:

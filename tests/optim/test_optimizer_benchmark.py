@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import optimizers
-from benchmarks._optimizer_peers import OURS, THINGS, present
+from benchmarks._optimizer_peers import OURS, THINGS
+from benchmarks._peers import present
 
 SMALL = {"small": [(6, 4), (4,), (3, 5)]}
 
