@@ -129,7 +129,7 @@ class ExampleCLI(ProjectCLI):
             for logger in self.trainer.loggers
             if isinstance(logger, CSVLogger)
         ]
-        publish(self.trainer.loggers, self.row, figures)
+        publish(self.trainer.loggers, self.row, [path for path in figures if path is not None])
 
     def _row(self, seconds: float) -> dict[str, Any]:
         batch = next(c for c in self.trainer.callbacks if isinstance(c, AdaptiveBatchSize))

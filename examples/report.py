@@ -27,9 +27,17 @@ def written(key: str, value: Any) -> str:
     return format(value, FORMS.get(key, "," if isinstance(value, int) else ".3f"))
 
 
-def draw_run(metrics: Path) -> Path:
-    """Draws batch, noise scale, learning rate and loss against samples, beside the curves."""
+def draw_run(metrics: Path) -> Path | None:
+    """Draws batch, noise scale, learning rate and loss against samples, beside the curves.
+
+    Returns:
+        The figure, or ``None`` where the run was too short to log a step.
+    """
+    if not metrics.exists():
+        return None
     rows = np.atleast_1d(np.genfromtxt(metrics, delimiter=",", names=True))
+    if "samples_seen" not in rows.dtype.names:
+        return None
     rows = rows[np.isfinite(rows["samples_seen"])]
     seen = rows["samples_seen"]
     figure = Figure(figsize=(10, 6), layout="constrained")

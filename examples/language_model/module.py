@@ -1,4 +1,4 @@
-"""A GPT of half a million parameters on bytes.
+"""A GPT of half a million parameters on bytes, or on the tokens that they make.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3
     (pre-norm blocks, residual projections that start smaller with depth).
@@ -6,18 +6,20 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-VOCABULARY = 256
+from lightning_ext.optim import Lion, NorMuon, param_groups_for
+
 REFERENCE_BATCH = 16  # the global batch that the learning rates belong to
-LR = {"adamw": 1e-3, "sgd": 0.03}
-WEIGHT_DECAY = {"adamw": 0.1, "sgd": 0.0}
+LR = {"adamw": 1e-3, "sgd": 0.03, "normuon": 0.01, "lion": 4e-4}
+WEIGHT_DECAY = {"adamw": 0.1, "sgd": 0.0, "normuon": 0.01, "lion": 0.5}
+UNDECAYED = ("bytes.weight", "positions.weight")  # embeddings
 
 
 class Block(nn.Module):
@@ -40,19 +42,21 @@ class Block(nn.Module):
 
 
 class GPT(LightningModule):
-    """Predicts each byte of a window from those before it.
+    """Predicts each byte, or token, of a window from those before it.
 
     Args:
         width: Of the residual stream; a multiple of ``heads``.
         layers: Number of blocks.
         heads: Attention heads of a block.
         context: Bytes that a prediction may look back on; windows have one more.
+        vocabulary: Different bytes or tokens.
         embedding_std: Of the bytes' embeddings at the start. Behind a norm the gradient grows as
             they shrink: SGD at large steps wants them larger.
-        optimizer: ``"adamw"``, or ``"sgd"`` with momentum.
-        lr: Learning rate; ``None`` means 1e-3 for AdamW and 0.03 for SGD, at 16 windows a step.
-        weight_decay: Of matrices, not of biases, norms and embeddings; ``None`` means 0.1
-            (decoupled) for AdamW and 0 for SGD.
+        optimizer: ``"adamw"``, ``"sgd"`` with momentum, ``"lion"``, or ``"normuon"``, under which
+            embeddings, head and vectors go to AdamW at its own rate.
+        lr: Learning rate; ``None`` means that of ``LR``, at 16 windows a step.
+        weight_decay: Of matrices, not of biases, norms and embeddings; ``None`` means that of
+            ``WEIGHT_DECAY``, decoupled but for SGD.
         betas: Of AdamW.
         momentum: Of SGD.
 
@@ -72,8 +76,9 @@ class GPT(LightningModule):
         layers: int = 4,
         heads: int = 4,
         context: int = 64,
+        vocabulary: int = 256,
         embedding_std: float = 0.02,
-        optimizer: Literal["adamw", "sgd"] = "adamw",
+        optimizer: Literal["adamw", "sgd", "normuon", "lion"] = "adamw",
         lr: float | None = None,
         weight_decay: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -85,11 +90,11 @@ class GPT(LightningModule):
         if width % heads:
             raise ValueError(f"width={width} is no multiple of heads={heads}")
         self.save_hyperparameters()
-        self.bytes = nn.Embedding(VOCABULARY, width)
+        self.bytes = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 deep = name.endswith(("out.weight", "down.weight"))
@@ -99,32 +104,34 @@ class GPT(LightningModule):
         self.bytes.weight.data *= embedding_std / 0.02
 
     def forward(self, windows: Tensor) -> Tensor:
-        """Logits (windows, positions, 256) of the byte that follows each."""
+        """Logits (windows, positions, vocabulary) of the byte that follows each."""
         positions = torch.arange(windows.shape[1], device=windows.device)
         x = self.bytes(windows.long()) + self.positions(positions)
         return self.head(self.norm(self.blocks(x)))
 
     def loss(self, windows: Tensor) -> Tensor:
-        """Cross-entropy in nats per byte, the mean over windows (n, context + 1)."""
+        """Cross-entropy in nats per byte or token, the mean over windows (n, context + 1)."""
         logits = self(windows[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].long().flatten())
 
     @torch.no_grad()
-    def evaluate(self, loader: Iterable[Tensor]) -> dict[str, float]:
-        """Validation loss in nats per byte, the mean over all windows."""
+    def evaluate(self, loader: DataLoader[Tensor]) -> dict[str, float]:
+        """Validation loss, the mean over all windows; of tokens in nats per byte, too."""
         parts = [(len(part), self.loss(part.to(self.device)).item()) for part in loader]
-        total = sum(size for size, _ in parts)
-        return {"validation loss": sum(size * loss for size, loss in parts) / total}
+        loss = sum(size * loss for size, loss in parts) / sum(size for size, _ in parts)
+        found = {"validation loss": loss}
+        length = getattr(loader.dataset, "bytes_per_token", 1.0)
+        return found if length == 1.0 else found | {"nats per byte": loss / length}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
         loss = self.loss(batch)
-        self.log("loss", loss)
+        self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Logs the loss, of the average where there is an ``EMA``."""
-        self.log("val_loss", self.loss(batch), batch_size=len(batch))
+        self.log("val_loss", self.loss(batch), batch_size=len(batch), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer, with decay on matrices only."""
@@ -132,14 +139,21 @@ class GPT(LightningModule):
         lr = LR[chosen] if settings["lr"] is None else settings["lr"]
         decay = settings["weight_decay"]
         decay = WEIGHT_DECAY[chosen] if decay is None else decay
-        kept = {"bytes.weight", "positions.weight"}
+        if chosen == "normuon":
+            groups = param_groups_for(self, NorMuon, weight_decay=decay, no_decay=UNDECAYED)
+            return NorMuon(groups, lr=lr, adamw_lr=LR["adamw"], betas=settings["betas"])
+        groups = self._groups(decay)
+        if chosen == "sgd":
+            return torch.optim.SGD(groups, lr=lr, momentum=settings["momentum"])
+        if chosen == "lion":
+            return Lion(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, betas=settings["betas"])
+
+    def _groups(self, decay: float) -> list[dict[str, Any]]:
         named = list(self.named_parameters())
-        matrices = [p for name, p in named if p.ndim == 2 and name not in kept]
-        others = [p for name, p in named if p.ndim != 2 or name in kept]
-        groups = [
+        matrices = [p for name, p in named if p.ndim == 2 and name not in UNDECAYED]
+        others = [p for name, p in named if p.ndim != 2 or name in UNDECAYED]
+        return [
             {"params": matrices, "weight_decay": decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        if chosen == "sgd":
-            return torch.optim.SGD(groups, lr=lr, momentum=settings["momentum"])
-        return torch.optim.AdamW(groups, lr=lr, betas=settings["betas"])

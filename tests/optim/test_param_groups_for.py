@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -271,3 +272,16 @@ def test_these_groups_train() -> None:
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_partial_shows_its_class() -> None:
+    made = partial(partial(NorMuon), lr=0.1)
+    plain, found = param_groups_for(Model(), NorMuon), param_groups_for(Model(), made)
+    assert [x | {"params": [n for n, _ in x["params"]]} for x in found] == [
+        x | {"params": [n for n, _ in x["params"]]} for x in plain
+    ]
+
+
+def test_a_function_that_shows_no_class_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"optimizer is a function.*or a partial of it"):
+        param_groups_for(Model(), lambda params: torch.optim.SGD(params, lr=0.1))

@@ -35,6 +35,13 @@ class Grouped(BoringModel):
         return self.optimizer(param_groups_for(self, LAMB, weight_decay=self.weight_decay))
 
 
+class FromCallable(Grouped):
+    """The module does not name the class; the command line alone does."""
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.optimizer(param_groups_for(self, self.optimizer))
+
+
 class Wrapped(Grouped):
     """A wrapper goes around what the command line brings."""
 
@@ -42,14 +49,16 @@ class Wrapped(Grouped):
         return LAWN(super().configure_optimizers(), free_steps=1)
 
 
-def run(module: type[Grouped], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Optimizer:
+def run(
+    module: type[Grouped], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *more: str
+) -> Optimizer:
     monkeypatch.setattr(sys, "argv", ["prog"])
     off = ["logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"]
     flags = [*(f"{x}=false" for x in off), "max_steps=2", f"default_root_dir={tmp_path}"]
     flags += ["limit_val_batches=0"]
     chosen = ["--model.optimizer=lightning_ext.optim.LAMB", "--model.optimizer.lr=0.25"]
     chosen += ["--model.weight_decay=0.125"]
-    args: Any = ["fit", "--seed_everything=0", *(f"--trainer.{x}" for x in flags), *chosen]
+    args: Any = ["fit", "--seed_everything=0", *(f"--trainer.{x}" for x in flags), *chosen, *more]
     cli = LightningCLI(module, save_config_callback=None, args=args)
     assert cli.trainer.global_step == 2
     return cli.trainer.optimizers[0]
@@ -67,6 +76,15 @@ def test_the_cli_brings_the_optimizer_and_the_module_its_groups(
         True,
     )
     assert (others["lr"], others["weight_decay"], others["trust_ratio"]) == (0.25, 0.0, False)
+
+
+def test_the_class_is_read_from_what_the_cli_brings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = run(FromCallable, tmp_path, monkeypatch, "--model.optimizer.weight_decay=0.5")
+    matrices, others = optimizer.param_groups
+    assert (matrices["lr"], matrices["weight_decay"]) == (0.25, 0.5)
+    assert (others["weight_decay"], others["trust_ratio"]) == (0.0, False)
 
 
 def test_a_wrapper_goes_around_the_optimizer_of_the_cli(

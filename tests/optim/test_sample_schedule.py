@@ -60,6 +60,21 @@ def test_samples_per_step_changes_in_flight() -> None:
     assert seen + schedule.get_last_lr() == pytest.approx([1.0, 0.9, 0.8, 0.5, 0.2])
 
 
+def test_what_sets_the_samples_of_a_step_may_come_later() -> None:
+    optimizer = sgd()
+    schedule = SampleSchedule(optimizer, line)
+    schedule.samples_per_step = 10
+    assert lrs(optimizer, schedule, 3) == [1.0, 0.9, 0.8]
+
+
+def test_without_the_samples_of_a_step_the_first_one_says_so() -> None:
+    optimizer = sgd()
+    schedule = SampleSchedule(optimizer, line)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"SampleSchedule does not know.*Hint: AdaptiveBatchSize"):
+        schedule.step()
+
+
 def test_the_same_samples_give_the_same_lr_whatever_the_steps_were() -> None:
     ends = []
     for sizes in ([8] * 12, [48, 48], [1, 95], [96]):

@@ -6,9 +6,10 @@ Differs: a setting that is not read of groups is an error, as is a pattern that 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,30 +50,33 @@ def check_module(module: Any) -> None:
         )
 
 
-def check_class(optimizer: Any) -> None:
-    """Refuse what is no class of optimizers that these groups are for.
+def class_of(optimizer: Any) -> type[Optimizer]:
+    """Return the class of optimizers that these groups are for.
 
     Args:
-        optimizer: what was given for one.
+        optimizer: what was given for it: the class, or a ``functools.partial`` of it. That which a
+            command line makes of an ``OptimizerCallable`` has the class among its arguments.
 
     Raises:
         TypeError: if it is none, or one of wrappers.
         ValueError: if it is ``torch.optim.Muon``.
     """
-    if not (inspect.isclass(optimizer) and issubclass(optimizer, Optimizer)):
+    found = list(_classes_in(optimizer))
+    if len(found) != 1:
         one = isinstance(optimizer, Optimizer)
         what = f"one {type(optimizer).__name__}" if one else _a(optimizer)
-        example = type(optimizer).__name__ if one else "torch.optim.AdamW"
+        example = type(optimizer).__name__ if one else "torch.optim.AdamW or a partial of it"
         raise TypeError(f"optimizer is {what}; give the class, such as {example}")
-    if issubclass(optimizer, Wrapper):
+    if issubclass(found[0], Wrapper):
         raise TypeError(
-            f"{optimizer.__name__} goes around an optimizer. Hint: give the class of that one"
+            f"{found[0].__name__} goes around an optimizer. Hint: give the class of that one"
         )
-    if issubclass(optimizer, torch.optim.Muon):
+    if issubclass(found[0], torch.optim.Muon):
         raise ValueError(
             "torch.optim.Muon takes matrices alone and leaves the rest to a second optimizer."
             " Hint: NorMuon(param_groups_for(module, NorMuon), beta2=None) is Muon and AdamW in one"
         )
+    return found[0]
 
 
 def has_trust_ratio(optimizer: type[Optimizer]) -> bool:
@@ -183,6 +187,15 @@ def matched(found: list[Named], patterns: Any, where: str) -> set[str]:
             )
         hits |= some
     return hits
+
+
+def _classes_in(made: Any) -> Iterator[type[Optimizer]]:
+    """Classes of optimizers in what makes one."""
+    if isinstance(made, partial):
+        for part in (made.func, *made.args):
+            yield from _classes_in(part)
+    elif inspect.isclass(made) and issubclass(made, Optimizer):
+        yield made
 
 
 def _known(optimizer: type[Optimizer]) -> list[str] | None:

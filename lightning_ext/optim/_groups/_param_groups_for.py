@@ -10,17 +10,17 @@ Differs: by the modules that have parameters rather than by shapes or names alon
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_ext.optim._groups._group_settings import (
-    check_class,
     check_module,
     check_overrides,
     check_settings,
+    class_of,
     has_trust_ratio,
     matched,
     matrix_algorithm,
@@ -36,7 +36,7 @@ _LOW_RANK = 'overrides={"...": {"algorithm": "low_rank"}}'
 
 def param_groups_for(
     module: nn.Module,
-    optimizer: type[Optimizer],
+    optimizer: Callable[..., Optimizer],
     *,
     weight_decay: float | None = None,
     head: str | Sequence[str] | None = None,
@@ -61,7 +61,8 @@ def param_groups_for(
 
     Args:
         module: any module, also a LightningModule.
-        optimizer: the class that will get the groups.
+        optimizer: the class that will get the groups, or a ``functools.partial`` of it, also the
+            ``OptimizerCallable`` of a command line.
         weight_decay: of parameters that decay; ``None`` leaves it to the optimizer.
         head: pattern or patterns of the output layers, none for ``()``. By default those that are
             called ``head``, ``classifier`` or ``logits``, also ``lm_head``, or ``out``,
@@ -81,7 +82,7 @@ def param_groups_for(
         Groups for ``optimizer``, none of them empty.
 
     Raises:
-        TypeError: if ``optimizer`` is no class of optimizers, or wraps one, or an argument is of
+        TypeError: if ``optimizer`` shows no class of optimizers, or wraps one, or an argument is of
             another type.
         ValueError: if a pattern matches nothing, a vector is sent to Muon or a subspace, a
             setting is not one of the optimizer's groups, a parameter has no shape yet, or nothing
@@ -100,12 +101,12 @@ def param_groups_for(
         adamw 0.0 ['1.weight', '1.bias', '2.bias', '3.bias']
     """
     check_module(module)
-    check_class(optimizer)
+    kind = class_of(optimizer)
     found = trained(module)
     if not found:
         raise ValueError(f"{type(module).__name__} has no parameter that is trained")
     given = check_overrides(overrides)
-    choice = _Choice(optimizer, found, muon, adamw, no_decay, given, weight_decay)
+    choice = _Choice(kind, found, muon, adamw, no_decay, given, weight_decay)
     outputs = _outputs(module, found, head)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     roles = {item.names[0]: role_of(item, outputs.layers) for item in found}

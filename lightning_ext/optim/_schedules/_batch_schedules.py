@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -64,7 +64,7 @@ class PowerScheduler(SampleSchedule):
         total_samples: int | None = None,
         decay_samples: int = 0,
         final: float = 0.0,
-        shape: str = "linear",
+        shape: Literal["linear", "sqrt"] = "linear",
         samples_per_step: int,
     ) -> None:
         _check_unit_lr(optimizer)
@@ -159,7 +159,7 @@ class LEGWWarmup(SampleSchedule):
 
     def _factor(self, samples: float) -> float:
         """What holds after so many samples, if the batch stays as it is."""
-        steps = self._counted_steps + (samples - self.samples_seen) / self.samples_per_step
+        steps = self._counted_steps + (samples - self.samples_seen) / self._samples_of_a_step()
         ramp = self._ramp(max(0.0, steps) * self._reference_batch)
         return ramp if self._then is None else ramp * self._then(samples)
 

@@ -8,7 +8,7 @@ Differs: as :class:`~lightning_ext.optim.SampleSchedule` does, they count sample
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 
@@ -23,7 +23,7 @@ class SampleWarmup(SampleSchedule):
         optimizer: The wrapped optimizer; its ``lr`` is the peak.
         warmup_samples: Length of the ramp.
         start: Factor of the first step, in [0, 1]; 0 makes it a step of length 0.
-        samples_per_step: Samples of one optimizer step (global batch).
+        samples_per_step: As of :class:`~lightning_ext.optim.SampleSchedule`.
 
     Raises:
         ValueError: A value out of range.
@@ -45,7 +45,7 @@ class SampleWarmup(SampleSchedule):
         *,
         warmup_samples: int,
         start: float = 0.0,
-        samples_per_step: int,
+        samples_per_step: int | None = None,
     ) -> None:
         factor = partial(scaling.warmup_factor, warmup_samples=warmup_samples, start=start)
         super().__init__(optimizer, factor, samples_per_step=samples_per_step)
@@ -60,7 +60,7 @@ class SampleCosine(SampleSchedule):
         warmup_samples: Length of the warm-up.
         final: Factor at the end and after it, in [0, 1].
         start: Factor of the first step if there is a warm-up, in [0, 1].
-        samples_per_step: Samples of one optimizer step (global batch).
+        samples_per_step: As of :class:`~lightning_ext.optim.SampleSchedule`.
 
     Raises:
         ValueError: A value out of range, or a warm-up longer than the run.
@@ -74,7 +74,7 @@ class SampleCosine(SampleSchedule):
         warmup_samples: int = 0,
         final: float = 0.0,
         start: float = 0.0,
-        samples_per_step: int,
+        samples_per_step: int | None = None,
     ) -> None:
         factor = partial(
             scaling.cosine_factor,
@@ -95,7 +95,7 @@ class SampleLinear(SampleSchedule):
         warmup_samples: Length of the warm-up.
         final: Factor at the end and after it, in [0, 1].
         start: Factor of the first step if there is a warm-up, in [0, 1].
-        samples_per_step: Samples of one optimizer step (global batch).
+        samples_per_step: As of :class:`~lightning_ext.optim.SampleSchedule`.
 
     Raises:
         ValueError: A value out of range, or a warm-up longer than the run.
@@ -109,7 +109,7 @@ class SampleLinear(SampleSchedule):
         warmup_samples: int = 0,
         final: float = 0.0,
         start: float = 0.0,
-        samples_per_step: int,
+        samples_per_step: int | None = None,
     ) -> None:
         factor = partial(
             scaling.linear_factor,
@@ -132,7 +132,7 @@ class SampleWSD(SampleSchedule):
         final: Factor at the end and after it, in [0, 1].
         start: Factor of the first step if there is a warm-up, in [0, 1].
         shape: Of the decay, ``"linear"`` or ``"sqrt"`` (1 − √x).
-        samples_per_step: Samples of one optimizer step (global batch).
+        samples_per_step: As of :class:`~lightning_ext.optim.SampleSchedule`.
 
     Raises:
         ValueError: A value out of range, or phases longer than the run.
@@ -147,8 +147,8 @@ class SampleWSD(SampleSchedule):
         decay_samples: int,
         final: float = 0.0,
         start: float = 0.0,
-        shape: str = "linear",
-        samples_per_step: int,
+        shape: Literal["linear", "sqrt"] = "linear",
+        samples_per_step: int | None = None,
     ) -> None:
         factor = partial(
             scaling.wsd_factor,
@@ -176,7 +176,7 @@ class SampleOneCycle(SampleSchedule):
         cycle_momentum: Whether the momentum goes with it.
         low: Momentum at the peak, at most ``high``.
         high: Momentum at both ends.
-        samples_per_step: Samples of one optimizer step (global batch).
+        samples_per_step: As of :class:`~lightning_ext.optim.SampleSchedule`.
 
     Raises:
         ValueError: A value out of range, or a group has no momentum to cycle.
@@ -193,7 +193,7 @@ class SampleOneCycle(SampleSchedule):
         cycle_momentum: bool = True,
         low: float = 0.85,
         high: float = 0.95,
-        samples_per_step: int,
+        samples_per_step: int | None = None,
     ) -> None:
         groups = optimizer.param_groups
         if cycle_momentum and not all("betas" in g or "momentum" in g for g in groups):

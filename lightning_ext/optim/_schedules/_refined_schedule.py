@@ -26,7 +26,7 @@ class RefinedSchedule(SampleSchedule):
         table: The factors and their positions.
         total_samples: Samples of this run, over which the table is stretched; ``None`` leaves the
             table's own positions.
-        samples_per_step: Samples of one optimizer step (global batch).
+        samples_per_step: As of :class:`~lightning_ext.optim.SampleSchedule`.
 
     Raises:
         ValueError: A value out of range.
@@ -50,7 +50,7 @@ class RefinedSchedule(SampleSchedule):
         table: scaling.FactorTable,
         *,
         total_samples: int | None = None,
-        samples_per_step: int,
+        samples_per_step: int | None = None,
     ) -> None:
         if not isinstance(table, scaling.FactorTable):
             raise TypeError(
@@ -67,7 +67,7 @@ class RefinedSchedule(SampleSchedule):
         path: str | Path,
         *,
         total_samples: int | None = None,
-        samples_per_step: int,
+        samples_per_step: int | None = None,
     ) -> RefinedSchedule:
         """Reads the table that ``GradientNormRecorder.save`` wrote.
 

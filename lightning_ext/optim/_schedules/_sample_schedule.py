@@ -19,10 +19,11 @@ class SampleSchedule(LRScheduler):
     Args:
         optimizer: The wrapped optimizer.
         fn: Factor of the initial learning rate as a function of samples seen, ``fn(0)`` first.
-        samples_per_step: Samples of one optimizer step (global batch).
+        samples_per_step: Samples of one optimizer step (global batch); ``None`` leaves it to
+            ``AdaptiveBatchSize``.
 
     Raises:
-        ValueError: ``samples_per_step`` is not positive.
+        ValueError: ``samples_per_step`` is not positive; at the first ``step``, nobody has set it.
 
     Example:
         >>> import torch
@@ -36,12 +37,16 @@ class SampleSchedule(LRScheduler):
     """
 
     def __init__(
-        self, optimizer: Optimizer, fn: Callable[[float], float], *, samples_per_step: int
+        self,
+        optimizer: Optimizer,
+        fn: Callable[[float], float],
+        *,
+        samples_per_step: int | None = None,
     ) -> None:
-        if samples_per_step < 1:
+        if samples_per_step is not None and samples_per_step < 1:
             raise ValueError(f"samples_per_step was {samples_per_step}; it must be positive.")
         self.fn = fn
-        self.samples_per_step: float = samples_per_step
+        self.samples_per_step: float | None = samples_per_step
         self.samples_seen: float = 0
         self._counted_steps = 0
         super().__init__(optimizer)
@@ -51,9 +56,20 @@ class SampleSchedule(LRScheduler):
         # Composites take the first step back, repeat it, or begin at a milestone without `step`:
         # only `last_epoch` tells what counts.
         steps, self._counted_steps = self.last_epoch - self._counted_steps, self.last_epoch
-        self.samples_seen += steps * self.samples_per_step
+        if steps:
+            self.samples_seen += steps * self._samples_of_a_step()
         factor = self.fn(self.samples_seen)
         return [base_lr * factor for base_lr in self.base_lrs]
+
+    def _samples_of_a_step(self) -> float:
+        if self.samples_per_step is None:
+            raise ValueError(
+                f"{type(self).__name__} does not know the samples of a step: samples_per_step was"
+                " None, and nothing has set it since. Hint: AdaptiveBatchSize among the Trainer's"
+                " callbacks sets it at every step; without it give samples_per_step=, the global"
+                " batch."
+            )
+        return self.samples_per_step
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer and the function."""

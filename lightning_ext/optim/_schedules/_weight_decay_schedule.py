@@ -28,7 +28,7 @@ class WeightDecaySchedule(SampleSchedule):
         optimizer: The wrapped optimizer.
         phases: The weight decay from a number of samples seen on, the first from 0 on, as in
             ``{0: 0.0, 50_000: 0.5, 400_000: 0.1}``.
-        samples_per_step: Samples of one optimizer step (global batch).
+        samples_per_step: As of :class:`~lightning_ext.optim.SampleSchedule`.
 
     Raises:
         ValueError: The phases are out of order or range, or no group has weight decay.
@@ -46,7 +46,11 @@ class WeightDecaySchedule(SampleSchedule):
     """
 
     def __init__(
-        self, optimizer: Optimizer, phases: Mapping[int, float], *, samples_per_step: int
+        self,
+        optimizer: Optimizer,
+        phases: Mapping[int, float],
+        *,
+        samples_per_step: int | None = None,
     ) -> None:
         _check_phases(phases)
         self._decayed = [bool(group.get("weight_decay")) for group in optimizer.param_groups]
