@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from lightning_ext.strategies import register_strategies
+from lightning_ext._strategy_names import register_strategies
 
 try:
     __version__ = version("lightning_ext")

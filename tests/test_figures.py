@@ -14,6 +14,7 @@ PAGES = [
     *sorted((ROOT / "examples").glob("*/README.md")),
 ]
 CARDS = [page for page in PAGES if page.parent.name == "methods"]
+TABLE_OF_METHODS = ROOT / "docs" / "methods" / "README.md"
 SCRIPTS = [
     *(ROOT / "benchmarks").glob("*.py"),
     *(ROOT / "docs").glob("*.py"),
@@ -26,6 +27,7 @@ SOURCE = re.compile(
     r"(?:\.\./)*benchmarks/results/\w+\.csv|(?:benchmarks|examples|tests)/[\w/]+\.py"
     r"|(?:\.\./)*examples/\w+/README\.md(?:#[\w-]+)?|(?:\.\./)?\w+\.md#[\w-]+"
 )
+COST = re.compile(r"× (\d[\d.,]*\d|\d)|(\d[\d.,]*) ?(?:×|ms\b)")
 CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -57,6 +59,20 @@ def test_what_is_measured_names_where_from(page: Path) -> None:
             sources = SOURCE.findall(section)
             assert sources, f"no rows, script, test or log is named: {section[:40]!r}"
             assert not [x for x in sources if not exists(x, page)]
+
+
+def costs() -> list[tuple[str, str]]:
+    """Numbers with × or ms in rows of the table of methods, and the cards that these link to."""
+    rows = re.findall(r"^\|.+\[card\]\(.+$", TABLE_OF_METHODS.read_text("utf-8"), re.MULTILINE)
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    cards = [(cell[-1].removeprefix("[card](").removesuffix(")"), cell[-2]) for cell in cells]
+    return [(a or b, card) for card, cost in cards for a, b in COST.findall(cost)]
+
+
+@pytest.mark.parametrize(("number", "card"), costs())
+def test_a_cost_in_the_table_of_methods_is_on_its_card(number: str, card: str) -> None:
+    text = (TABLE_OF_METHODS.parent / card).read_text(encoding="utf-8")
+    assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![.,]?\d)", text)
 
 
 @pytest.mark.parametrize("table", TABLES, ids=name)

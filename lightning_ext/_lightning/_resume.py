@@ -26,7 +26,10 @@ _STATEFUL = ("state_dict", "load_state_dict")
 
 
 def resume_position(
-    trainer: Trainer, position: dict[str, Any] | None, restore_generators: Callable[[], None]
+    trainer: Trainer,
+    position: dict[str, Any] | None,
+    restore_generators: Callable[[], None],
+    before_drawing: Callable[[], None],
 ) -> None:
     """Puts the sampler, the fetcher and the generators where the checkpoint left them.
 
@@ -39,11 +42,13 @@ def resume_position(
         trainer: The Trainer in ``on_train_start``.
         position: State of the sampler, ``None`` in a checkpoint that has none.
         restore_generators: Restores the random state.
+        before_drawing: Called with the sampler in its place, before a batch is drawn.
     """
     loop, sampler = trainer.fit_loop, live_sampler(trainer)
     if sampler is None:
         return
     sampler.load_state_dict(position or _position_at(sampler, loop.epoch_loop.batch_idx + 1))
+    before_drawing()
     _claim_resumable(trainer, sampler)
     if sampler.consumed == 0 and trainer.current_epoch > 0:
         restore_generators()

@@ -24,6 +24,7 @@ from lightning_ext.callbacks._adaptive._choices import lr_rule_of, rule_and_limi
 from lightning_ext.callbacks._adaptive._clipping import ClippedFraction
 from lightning_ext.callbacks._adaptive._controller import BatchController
 from lightning_ext.callbacks._adaptive._memory_ceiling import MemoryCeiling, finder_of
+from lightning_ext.callbacks._adaptive._other_ranks import keep_batch
 from lightning_ext.callbacks._adaptive._progress import UNITS, Progress
 from lightning_ext.callbacks._adaptive._rates import FollowingRates
 from lightning_ext.callbacks._adaptive._running_batch import RunningBatch
@@ -31,7 +32,7 @@ from lightning_ext.callbacks._gradient_noise_scale import GradientNoiseScale
 from lightning_ext.callbacks._logging import log_step
 from lightning_ext.callbacks._reuse import begins_anew
 from lightning_ext.optim import sample_schedules
-from lightning_ext.scaling import HYPERPARAMETER_RULES, BatchRule
+from lightning_ext.scaling import HYPERPARAMETER_RULES, BatchRule, BatchSizeSchedule
 
 
 class AdaptiveBatchSize(Callback):
@@ -72,7 +73,7 @@ class AdaptiveBatchSize(Callback):
             ``"adascale"``); ``"steps"``, the reference batch: as many updates (regime adaptation).
         rescale_last_window: Weigh losses by samples, so that a cut or uneven last window has the
             mean gradient of its samples; ``False`` is how the Trainer does it.
-        source: The :class:`GradientNoiseScale` to use where there are several.
+        source: The :class:`GradientNoiseScale` to use where there are several, or its ``prefix``.
         tokens_per_sample: Makes schedules in tokens possible.
         on_oom: ``"split"`` runs a batch that does not fit into memory again in parts, and goes on
             with a smaller micro-batch, on one device; ``"raise"`` ends the fit, as does lack of
@@ -87,7 +88,7 @@ class AdaptiveBatchSize(Callback):
 
     def __init__(
         self,
-        rule: str | BatchRule,
+        rule: str | BatchRule | BatchSizeSchedule,
         *,
         lr_rule: str = "auto",
         max_global_batch: int | None = None,
@@ -102,7 +103,7 @@ class AdaptiveBatchSize(Callback):
         clamp_lr: bool = True,
         progress: Literal["auto", "samples", "gain", "steps"] = "auto",
         rescale_last_window: bool = True,
-        source: GradientNoiseScale | None = None,
+        source: str | GradientNoiseScale | None = None,
         tokens_per_sample: int | None = None,
         reference_batch: int | None = None,
         on_oom: Literal["split", "raise"] = "split",
@@ -137,7 +138,7 @@ class AdaptiveBatchSize(Callback):
             monotone=monotone,
             memory=MemoryCeiling(recover=on_oom == "split"),
         )
-        self.source = source
+        self.source = source if isinstance(source, GradientNoiseScale) else None
         self._given_source = source
         self.max_samples = max_samples
         self.rescale_last_window = rescale_last_window
@@ -196,7 +197,8 @@ class AdaptiveBatchSize(Callback):
         if trainer.fit_loop.is_resuming:
             _lightning.restore_monitored_metrics(trainer, self._monitored)
             restore = partial(_lightning.restore_random_state, trainer, self._random_state)
-            _lightning.resume_position(trainer, self.batch.position, restore)
+            keep = partial(keep_batch, trainer, self.batch)
+            _lightning.resume_position(trainer, self.batch.position, restore, keep)
         else:
             _lightning.sync_lengths(trainer)
 

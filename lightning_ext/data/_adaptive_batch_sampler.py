@@ -244,6 +244,11 @@ class AdaptiveBatchSampler(BatchSampler):
             sample = self._plan.span(consumed)[0]
             self._plan = self._plan.redistributed(self.num_replicas, consumed, sample)
 
+    def forget_pending(self) -> None:
+        """Drops sizes that were asked for and are not in force yet."""
+        self._plan = self._plan.until(self.consumed)
+        self._next = self._plan.next_epoch()
+
     def state_dict(self) -> dict[str, Any]:
         """The position that training has reached, not what workers have fetched ahead."""
         plan, consumed = self._plan, self.consumed
@@ -276,17 +281,11 @@ class AdaptiveBatchSampler(BatchSampler):
         self._order = state["order"].tolist() if "order" in state else None
         self._consumed = self._handed = self._start = state["consumed"]
         segments = tuple(Segment(*segment) for segment in state["segments"])
-        plan = EpochPlan(
-            state["num_samples"],
-            state["num_replicas"],
-            self.drop_last,
-            segments,
-            *state["begun"],
-        )
-        if state["num_replicas"] != self.num_replicas:
-            plan = plan.redistributed(
-                self.num_replicas, state["consumed"], state["consumed_samples"]
-            )
+        size, ranks = state["num_samples"], state["num_replicas"]
+        plan = EpochPlan(size, ranks, self.drop_last, segments, *state["begun"])
+        if ranks != self.num_replicas:
+            at = state["consumed"], state["consumed_samples"]
+            plan = plan.redistributed(self.num_replicas, *at)
         self._plan = plan
         self._next = plan.next_epoch().resized(0, *state["next"][1:])
 

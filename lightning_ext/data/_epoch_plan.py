@@ -179,6 +179,10 @@ class EpochPlan:
                 plan = plan.resized(*later)
         return plan
 
+    def until(self, batch: int) -> EpochPlan:
+        """The plan without the sizes that would begin after a batch."""
+        return replace(self, segments=tuple(s for s in self.segments if s.start <= batch))
+
     def next_epoch(self) -> EpochPlan:
         """A fresh epoch with the sizes in force at the end of this one."""
         first = self.last._replace(start=0)

@@ -26,7 +26,8 @@ class CLIPLoss(nn.Module):
     On W data-parallel ranks of b pairs, B = W·b: every rank returns L, the loss of one process that
     has the whole batch. Rank k's features get W ∂L/∂x_k and the scale ∂L/∂log_scale, so that DDP's
     mean of gradients is that of one process, and nothing is left to multiply; where gradients are
-    summed instead, divide by W. All ranks have to call it, with as many pairs each.
+    summed instead, divide by W. All ranks have to call it, with as many pairs each, and all have to
+    go backward through it, or none: that is collective too, and one rank alone waits or fails.
 
     Accumulation adds no negatives: k micro-batches of b are k losses over W·b pairs, not one over
     k·W·b. A larger micro-batch does.
@@ -83,7 +84,7 @@ class CLIPLoss(nn.Module):
             Shape (), at least float32.
         """
         group = ranks.sharing_group(self.gather_features, self.process_group)
-        ranks.check_ranks(image, text, group)
+        ranks.check_ranks(image, text, group, self.log_scale)
         features.check_pairs(image, text, ("image", "text"))
         image, text = (features.prepared(x, self.normalize) for x in (image, text))
         if group is None:

@@ -52,7 +52,9 @@ def told(loss: nn.Module) -> str:
 class Capped(torch.autograd.Function):
     """min(x, cap), whose gradient above the cap is 0 only where a step would raise x further.
 
-    With that of ``clamp`` a parameter that has once passed the cap would never come back.
+    With that of ``clamp`` a parameter that has once passed the cap would never come back. Each call
+    clamps its own: above the cap, accumulated micro-batches, and ranks with
+    ``gather_features=False``, have the mean of clamped gradients, not the clamped mean.
     """
 
     @staticmethod

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FACTS = 5  # of each features: dimensions, rows, width, dtype, whether they want a gradient
 
 
 def sharing_group(
@@ -28,34 +29,45 @@ def sharing_group(
     return group if dist.get_world_size(group) > 1 else None
 
 
-def check_ranks(x: Tensor, y: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Refuse, on all ranks at once, inputs that are not of one shape and kind on all of them.
+def check_ranks(
+    x: Tensor, y: Tensor, group: dist.ProcessGroup | None, *numbers: nn.Parameter
+) -> None:
+    """Refuse, on all ranks at once, what is not of one shape and kind on all of them.
 
-    Comes before any other check, so that what is left to refuse is refused by every rank.
+    Comes before any other check, so that what is left to refuse is refused by every rank. Of the
+    numbers of a loss, its scale and bias, all ranks have to train the same.
     """
     if group is None:
         return
-    own = torch.tensor([*_facts(x), *_facts(y)], device=x.device)
+    own = torch.tensor(
+        [*_facts(x), *_facts(y), *(_needs_grad(z) for z in numbers)], device=x.device
+    )
     found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, own, group=group)
     facts = torch.stack(found).tolist()
     if any(other != facts[0] for other in facts):
         told = "; ".join(f"rank {rank}: {_told(row)}" for rank, row in enumerate(facts))
         raise ValueError(
-            f"ranks have different features ({told}); give all of them as many samples, as "
-            "drop_last=True does, or set gather_features=False"
+            f"ranks have different features or gradients ({told}); freeze the same on all of them, "
+            "and give them as many samples, as drop_last=True does (under AdaptiveBatchSize: "
+            "DataLoader(drop_last=True)), or set gather_features=False"
         )
 
 
 def _facts(x: Tensor) -> list[int]:
     shape = [*x.shape, 0, 0][:2]
     kind = _DTYPES.index(x.dtype) if x.dtype in _DTYPES else -1
-    return [x.ndim, *shape, kind, x.requires_grad and torch.is_grad_enabled()]
+    return [x.ndim, *shape, kind, _needs_grad(x)]
+
+
+def _needs_grad(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def _told(facts: list[int]) -> str:
-    half = len(facts) // 2
-    return " and ".join(_told_one(*part) for part in (facts[:half], facts[half:]))
+    features = " and ".join(_told_one(*facts[i : i + _FACTS]) for i in (0, _FACTS))
+    numbers = zip(("scale", "bias"), facts[2 * _FACTS :], strict=False)
+    return ", ".join([features, *(f"{x} {'trained' if y else 'frozen'}" for x, y in numbers)])
 
 
 def _told_one(ndim: int, rows: int, width: int, kind: int, needs_grad: int) -> str:

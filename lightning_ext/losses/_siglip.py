@@ -76,7 +76,7 @@ class SigLIPLoss(nn.Module):
             Shape (), at least float32.
         """
         group = ranks.sharing_group(self.gather_features, self.process_group)
-        ranks.check_ranks(image, text, group)
+        ranks.check_ranks(image, text, group, self.log_scale, self.bias)
         features.check_pairs(image, text, ("image", "text"))
         image, text = (features.prepared(x, self.normalize) for x in (image, text))
         bias = features.scalar(self.bias)

@@ -1,8 +1,8 @@
 """Strategies by name: FSDP2 under an unmodified LightningModule, and ZeRO++ on two engines."""
 
+from lightning_ext._strategy_names import register_strategies
 from lightning_ext.strategies._deepspeed_zeropp import DeepSpeedZeroPPStrategy
 from lightning_ext.strategies._fsdp2_strategy import FSDP2Strategy
-from lightning_ext.strategies._names import register_strategies
 from lightning_ext.strategies._pipeline_strategy import PipelineStrategy
 from lightning_ext.strategies._zeropp._install import install_collectives
 from lightning_ext.strategies._zeropp._node_groups import NodeGroups, node_groups

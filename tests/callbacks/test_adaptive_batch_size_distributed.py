@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,56 @@ def test_a_resume_restores_the_random_state_of_every_rank(tmp_path: Path) -> Non
             assert seen == all_seen[len(all_seen) - len(seen) :]
             assert all(torch.equal(weights[key], expected[key]) for key in expected)
             assert torch.equal(state, end)
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "noise scale": {"rule": "noise_scale", "max_global_batch": 20, "dwell_samples": 10**6},
+    "schedule": {"rule": "0:16"},
+    "micro-batches grow": {"rule": "0:16", "max_micro_batch": 8},
+    # At the checkpoint, after 32 samples, a change is asked for that is not in force.
+    "pending": {"rule": "0:16 32:24"},
+    "pending, other accumulation": {"rule": "0:8 30:12 60:16"},
+}
+
+
+def on_ranks(folder: str, rule: str, devices: int, ckpt: bool, accumulate: int) -> Any:
+    """Sizes of the steps, samples seen, float64 weights and Adam's step count of an epoch."""
+    data, batches = dataset(96, torch.float64), []
+
+    class Recorder(EMA):
+        def on_train_batch_end(self, run: Any, *args: Any) -> None:
+            super().on_train_batch_end(run, *args)
+            if not run.fit_loop._should_accumulate():
+                batches.append(run.callback_metrics["global_batch"].item())
+
+    warnings.filterwarnings("ignore", "The checkpoint holds the random state of 1 ranks")
+    saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=2)
+    module = Classifier("adamw", dropout=0.0).double()
+    sampler = AdaptiveBatchSampler(RandomSampler(data), 4, seed=5)
+    _, run = fit(
+        [AdaptiveBatchSize(**RESUMED[rule]), GradientNoiseScale(1), Recorder(0.9), saver],
+        module=module,
+        train=DataLoader(data, batch_sampler=sampler),
+        accumulate_grad_batches=accumulate,
+        ckpt_path=str(Path(folder) / "step=2.ckpt") if ckpt else None,
+        enable_checkpointing=True,
+        max_epochs=1,
+        **({"strategy": "ddp", "devices": devices} if devices > 1 else {}),
+    )
+    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+    steps = {float(state["step"]) for state in run.optimizers[0].state.values()}
+    return batches, module.seen, weights, steps
+
+
+@pytest.mark.parametrize("rule", RESUMED)
+def test_more_ranks_keep_the_batch_of_the_checkpoint(tmp_path: Path, rule: str) -> None:
+    accumulate = 4 if rule == "noise scale" else 2
+    batches, alone, weights, steps = on_ranks(str(tmp_path), rule, 1, False, accumulate)
+    for rank in run_distributed(on_ranks, args=(str(tmp_path), rule, 2, True, accumulate)):
+        assert rank[0] == batches[2:]
+        assert rank[3] == pytest.approx(steps)
+        torch.testing.assert_close(rank[2], weights, rtol=0, atol=1e-12)
+    assert sorted(i for batch in alone for i in batch) == list(range(96))
 
 
 @pytest.mark.slow

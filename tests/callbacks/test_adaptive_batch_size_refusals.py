@@ -134,6 +134,22 @@ def test_several_noise_scales_need_a_choice() -> None:
     assert chosen.source is several[1]
 
 
+def test_a_prefix_chooses_the_noise_scale() -> None:
+    several = [GradientNoiseScale(1, prefix="a_"), GradientNoiseScale(1, prefix="b_")]
+    chosen = by_noise(source="b_")
+    fit([chosen, *several])
+    assert chosen.source is several[1]
+
+
+def test_a_prefix_belongs_to_one_noise_scale() -> None:
+    with pytest.raises(MisconfigurationException, match=r"'c_' is the prefix of 0.*: 'a_', 'b_'"):
+        fit([by_noise(source="c_"), *(GradientNoiseScale(1, prefix=x) for x in ("a_", "b_"))])
+    with pytest.raises(MisconfigurationException, match="prefix of 2"):
+        fit([by_noise(source=""), GradientNoiseScale(1), GradientNoiseScale(2)])
+    with pytest.raises(TypeError, match="source was 1; allowed is a GradientNoiseScale"):
+        by_noise(source=1)
+
+
 def test_a_source_must_take_part() -> None:
     with pytest.raises(MisconfigurationException, match="not among the Trainer's callbacks"):
         fit([by_noise(source=GradientNoiseScale(1))])

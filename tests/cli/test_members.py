@@ -11,6 +11,7 @@ from harness.cli_parts import (
     CONFIGS,
     LEAST,
     LOSSES,
+    NAMES,
     OPTIMIZERS,
     PRECONDITIONERS,
     SCHEDULES,
@@ -31,7 +32,6 @@ from harness.cli_parts import (
 from harness.deepspeed_parts import KNOWN_WARNINGS, warm_up
 
 from lightning_ext import callbacks, losses, nn, optim, strategies
-from lightning_ext.strategies._names import NAMES
 
 pytestmark = [*KNOWN_WARNINGS, pytest.mark.usefixtures("_warm")]
 # What code makes, not a config: parts of others, and what is handed tensors.
@@ -110,7 +110,8 @@ def test_wrappers_go_around_each_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_enough_for_a_strategy(name: str) -> None:
-    assert type(cli(f"--trainer.strategy={name}").trainer.strategy) is NAMES[name][0]
+    made_of = type(cli(f"--trainer.strategy={name}").trainer.strategy)
+    assert made_of is getattr(strategies, NAMES[name])
 
 
 def test_policies_of_torch_are_chosen_by_class(tmp_path: Path) -> None:

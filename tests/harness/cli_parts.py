@@ -17,15 +17,20 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LightningCLI, LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 
 from lightning_ext import callbacks, losses, optim, scaling, strategies
-from lightning_ext.strategies._names import NAMES
 
 Config = dict[str, Any]
+# Names that a Trainer knows by `import lightning_ext`, and their classes.
+NAMES: dict[str, str] = {
+    name: StrategyRegistry[name]["strategy"].strategy
+    for name in StrategyRegistry
+    if type(StrategyRegistry[name]["strategy"]).__module__.startswith("lightning_ext")
+}
 # What has no default, and what a matrix of 3 × 4 needs.
 LEAST: dict[str, Config] = {
     "AdaptiveBatchSize": {"rule": "0:8 64:16"},

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_ext import losses
+from lightning_ext.callbacks import AdaptiveBatchSize
 from lightning_ext.losses import CLIPLoss, SigLIPLoss
 
 every_name = pytest.mark.parametrize("name", losses.__all__)
@@ -95,6 +96,34 @@ def test_fsdp2_is_one_process(name: str) -> None:
     for own_seen, own_weights in run_distributed(by_fsdp2, args=(name,)):
         assert own_seen == pytest.approx(seen, rel=1e-12, abs=1e-12)
         torch.testing.assert_close(own_weights, weights, rtol=1e-12, atol=1e-12)
+
+
+def under_adaptive_batch_size(name: str, drop_last: bool) -> list[float]:
+    """Of 21 pairs, 8 a time on both ranks together."""
+    data = TensorDataset(*torch.randn(2, 21, 6).unbind())
+    module = Pairs(getattr(losses, name)())
+    options: dict[str, Any] = {"strategy": "ddp", "devices": 2, "max_epochs": 2}
+    adaptive = AdaptiveBatchSize("0:8", max_micro_batch=4)
+    run = trainer(limit_val_batches=0, accumulate_grad_batches=1, callbacks=[adaptive], **options)
+    run.fit(module, DataLoader(data, batch_size=4, drop_last=drop_last))
+    return module.seen
+
+
+@every_name
+def test_under_adaptive_batch_size_the_last_batch_is_dropped(name: str) -> None:
+    one, other = run_distributed(under_adaptive_batch_size, args=(name, True))
+    assert one == other
+    assert len(one) == 4  # 2 of 8 in each of 2 epochs
+
+
+def test_under_adaptive_batch_size_an_uneven_last_batch_is_refused_with_a_hint() -> None:
+    for error in run_distributed(
+        under_adaptive_batch_size, args=("CLIPLoss", False), return_exceptions=True
+    ):
+        assert isinstance(error, ValueError)
+        assert "rank 0: (3, 5)" in str(error)
+        assert "rank 1: (2, 5)" in str(error)
+        assert "DataLoader(drop_last=True)" in str(error)
 
 
 @every_name

@@ -223,6 +223,31 @@ def test_uneven_ranks_are_one_error_on_all_of_them(name: str) -> None:
     assert "rank 0: (6, 5) torch.float64 without gradient" in one[0]
     assert "rank 1: (5, 5) torch.float64" in one[0]
     assert "gather_features=False" in one[0]
+    assert "under AdaptiveBatchSize: DataLoader(drop_last=True)" in one[0]
+
+
+def frozen_on_one_rank(name: str) -> list[str]:
+    rank, _ = begin()
+    told = []
+    for parameter in dict(make(name).named_parameters()):
+        loss = make(name)
+        loss.get_parameter(parameter).requires_grad_(rank == 0)
+        with pytest.raises(ValueError, match="different features or gradients") as raised:
+            loss(*rows())
+        told.append(str(raised.value))
+        with torch.no_grad():
+            loss(*rows())  # nobody goes backward
+    return told
+
+
+def test_a_scale_or_bias_frozen_on_one_rank_is_one_error_on_all_of_them() -> None:
+    one, other = run_distributed(frozen_on_one_rank, args=("SigLIPLoss",), timeout=30)
+    assert one == other
+    assert "gradient, scale trained, bias trained; rank 1" in one[0]
+    assert [told.count("scale frozen") for told in one] == [1, 0]
+    assert [told.count("bias frozen") for told in one] == [0, 1]
+    clip, _ = run_distributed(frozen_on_one_rank, args=("CLIPLoss",), timeout=30)
+    assert "gradient, scale frozen)" in clip[0]
 
 
 def wrong_on_all(name: str) -> None:

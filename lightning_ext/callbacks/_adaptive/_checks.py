@@ -52,9 +52,10 @@ def check_arguments(
         require_bool(name, switch)
     for name, (choice, allowed) in choices.items():
         require_choice(name, choice, allowed)
-    if source is not None and not isinstance(source, GradientNoiseScale):
+    if source is not None and not isinstance(source, str | GradientNoiseScale):
         raise TypeError(
-            f"source was {source!r}; allowed is a GradientNoiseScale of the Trainer, or None."
+            f"source was {source!r}; allowed is a GradientNoiseScale of the Trainer, its prefix, or"
+            " None."
         )
 
 
@@ -177,9 +178,15 @@ def check_schedules(trainer: Trainer, batch: RunningBatch) -> None:
 
 
 def the_noise_scale(
-    trainer: Trainer, owner: Callback, given: GradientNoiseScale | None, batch: RunningBatch
+    trainer: Trainer, owner: Callback, given: str | GradientNoiseScale | None, batch: RunningBatch
 ) -> GradientNoiseScale | None:
     """The chosen or the one GradientNoiseScale of the Trainer, made where it is needed.
+
+    Args:
+        trainer: Whose callbacks are searched.
+        owner: Which callback asks.
+        given: Which one, or the prefix of its logged names.
+        batch: What decides whether it is needed.
 
     Raises:
         MisconfigurationException: There are several, the chosen one does not take part, or it
@@ -187,7 +194,8 @@ def the_noise_scale(
     """
     measured = batch.controller.rule.needs & _MEASURED
     needed = bool(measured) or batch.rates.needs_noise
-    source = present_source(trainer, owner, given, required=needed)
+    chosen = _named(trainer, given) if isinstance(given, str) else given
+    source = present_source(trainer, owner, chosen, required=needed)
     if source is None and needed:
         source = GradientNoiseScale()
         insert_after(trainer, owner, source)
@@ -196,6 +204,19 @@ def the_noise_scale(
         if measured - {"noise"}:
             source.add_tests(measured - {"noise"})
     return source
+
+
+def _named(trainer: Trainer, prefix: str) -> GradientNoiseScale:
+    present = callbacks_of(trainer, GradientNoiseScale)
+    found = [one for one in present if one.settings.prefix == prefix]
+    if len(found) != 1:
+        prefixes = ", ".join(repr(one.settings.prefix) for one in present) or "none"
+        raise MisconfigurationException(
+            f"source={prefix!r} is the prefix of {len(found)} GradientNoiseScale callbacks; allowed"
+            f" is that of one. Those of the Trainer are: {prefixes}. Hint:"
+            f" GradientNoiseScale(prefix={prefix!r})."
+        )
+    return found[0]
 
 
 def the_critical_batch(trainer: Trainer, batch: RunningBatch) -> CriticalBatchSize | None:

@@ -84,15 +84,19 @@ class BatchController:
         """Lets the micro-batch grow as far as memory allows, where no limit was set."""
         self.max_micro_batch = self.max_micro_batch or self.max_global_batch
 
-    def bind(self, start: BatchSplit, data_parallel_size: int, unit: int = 1) -> None:
+    def bind(
+        self, start: BatchSplit, data_parallel_size: int, unit: int = 1, *, resumes: bool = False
+    ) -> None:
         """Fixes the sizes that training starts with, the smallest accumulation among them.
+
+        A run that resumes goes on with the batch of its checkpoint, not with these.
 
         Raises:
             MisconfigurationException: A limit is below them.
         """
         self.start, self.data_parallel_size, self.unit = start, data_parallel_size, unit
         begins = self.global_batch(start)
-        if self.estimated and begins > self.max_global_batch:
+        if self.estimated and begins > self.max_global_batch and not resumes:
             raise MisconfigurationException(
                 f"max_global_batch={self.max_global_batch} is below the batch that training starts"
                 f" with: {start.micro_batch} × {start.accumulate} × {data_parallel_size} ranks ="

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_ext import _lightning
 from lightning_ext.callbacks._adaptive._controller import BatchController, Decision
 from lightning_ext.callbacks._adaptive._observer import Observer
+from lightning_ext.callbacks._adaptive._other_ranks import ranks_ratio
 from lightning_ext.callbacks._adaptive._progress import Progress
 from lightning_ext.callbacks._adaptive._rates import FollowingRates
 from lightning_ext.callbacks._adaptive._warnings import warn_of_short_epochs, warn_of_waiting
@@ -102,7 +103,8 @@ class RunningBatch:
         seen = _lightning.view(trainer)
         sampler.user_sizes = sampler.batch_size, trainer.accumulate_grad_batches
         start = BatchSplit(*seen.split_of(*sampler.user_sizes))
-        self.controller.bind(start, seen.data_parallel_size, seen.accumulate_unit)
+        resumes = self.begun and trainer.fit_loop.is_resuming
+        self.controller.bind(start, seen.data_parallel_size, seen.accumulate_unit, resumes=resumes)
         self.reference_batch = self.reference_batch or self.controller.global_batch(start)
         sampler.reference_batch = self.reference_batch
         sampler.rescale_last_window = rescale_last_window
@@ -127,7 +129,7 @@ class RunningBatch:
         self.rates.begin(
             trainer.optimizers[0],
             reference_batch=self.reference_batch or self.global_batch,
-            before=self.kappa if ours else 1.0,
+            before=self.kappa * ranks_ratio(self) if ours else 1.0,
             kappa=self.kappa,
         )
         self.observer.note_lr(trainer)
@@ -204,11 +206,8 @@ class RunningBatch:
         start = _lightning.view(trainer).set_micro_batch(split[0], accumulate=split.accumulate)
         if start is None and not self.controller.estimated:  # what is estimated may wait
             warn_of_waiting(self.global_batch, self.in_force.accumulate, split.accumulate)
-        rank_zero_only(_log.info)(
-            "global batch %d → %d after %d samples: %s",
-            *(self.global_batch, self.controller.global_batch(split), self.progress.samples_seen),
-            reason,
-        )
+        sizes = self.global_batch, self.controller.global_batch(split), self.progress.samples_seen
+        rank_zero_only(_log.info)("global batch %d → %d after %d samples: %s", *sizes, reason)
 
     def apply_due(self, trainer: Trainer, next_batch: int) -> None:
         """Changes accumulation and hyper-parameters where the next batch has new sizes."""
