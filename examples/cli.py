@@ -124,8 +124,9 @@ class ExampleCLI(ProjectCLI):
         if rank_zero_only.rank != 0:
             return
         show(self.setting("name"), self.row)
+        picture = f"{self.example}.png"
         figures = [
-            draw_run(Path(logger.log_dir) / "metrics.csv")
+            draw_run(Path(logger.log_dir) / "metrics.csv", Path(logger.log_dir) / picture)
             for logger in self.trainer.loggers
             if isinstance(logger, CSVLogger)
         ]

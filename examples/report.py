@@ -27,8 +27,8 @@ def written(key: str, value: Any) -> str:
     return format(value, FORMS.get(key, "," if isinstance(value, int) else ".3f"))
 
 
-def draw_run(metrics: Path) -> Path | None:
-    """Draws batch, noise scale, learning rate and loss against samples, beside the curves.
+def draw_run(metrics: Path, path: Path) -> Path | None:
+    """Draws batch, noise scale, learning rate and loss of a run against samples.
 
     Returns:
         The figure, or ``None`` where the run was too short to log a step.
@@ -50,7 +50,6 @@ def draw_run(metrics: Path) -> Path | None:
     titles = "global batch", "noise scale", "learning rate", "training loss"
     for axes, title in zip((batch, noise, lr, loss), titles, strict=True):
         axes.set(title=title, xlabel="samples", yscale="log")
-    path = metrics.with_suffix(".png")
     figure.savefig(path, dpi=100)
     return path
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 
-class Named(NamedTuple):
+@dataclass(frozen=True)
+class Named:
     """What a name stands for; its class is imported when a Trainer asks for it.
 
     Attributes:
@@ -22,11 +24,10 @@ class Named(NamedTuple):
     summary: str
     arguments: dict[str, Any]
 
-    def __call__(self, **arguments: Any) -> Strategy:
+    def __call__(self, *args: Any, **kwargs: Any) -> Strategy:
         """Make the strategy."""
-        made: Strategy = getattr(import_module("lightning_ext.strategies"), self.strategy)(
-            **arguments
-        )
+        room = import_module("lightning_ext.strategies")
+        made: Strategy = getattr(room, self.strategy)(*args, **kwargs)
         return made
 
 

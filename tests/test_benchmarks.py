@@ -7,12 +7,14 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 from benchmarks import _ema_peers, _noise_peers, bench, contrastive, noise_scale, table
 from benchmarks._optimizer_peers import ANCHOR
+from benchmarks._pairs import interval, interval_of_rounds
 from benchmarks._peers import found_module, versions_of
 from benchmarks._table_entries import ENTRIES, Row, Rows
 from benchmarks.ema import Weights
@@ -22,6 +24,8 @@ TIME = {"ratio": "0.8123", "low": "0.7", "high": "0.9", "ms": "4.561", "ms_base"
 VERSIONS = {x: "1.2.3" for x in ("gns_pytorch", "timm", "open_clip", "torchao", "lightning")}
 WHERE = {"device": "Some CPU, 2 threads", "commit": "abc", "torch": "2.13.0", "date": "2026-11-23"}
 SHARES = {"share": "0.026", "share_base": "2.31", "coverage": "0.955", "bias_median": "-0.012"}
+SHARES |= {"error_median": "0.047", "windows": "60"}
+SHARES |= {"samples_base": "4", "samples": "32", "tensors_base": "10", "tensors": "28"}
 REST = {"mib": "43", "mib_base": "1289", "bytes": "2.03", "ms_without": "91.3", "ms_added": "1.49"}
 
 
@@ -54,6 +58,7 @@ def test_every_figure_of_the_front_page_is_in_its_row() -> None:
     inside = table.README.read_text().partition(table.BEGIN)[2].partition(table.END)[0]
     lines = [x for x in inside.splitlines() if x.startswith("| ") and not x.startswith("| |")]
     there = [(entry, entry.find(rows)) for entry in ENTRIES]
+    assert not rows or not table.missing(rows)
     assert len(lines) == sum(row is not None for _, row in there)
     for text, (entry, row) in zip(lines, [x for x in there if x[1]], strict=True):
         assert row is not None
@@ -96,17 +101,55 @@ def test_each_entry_is_a_line_with_its_peer_and_its_interval() -> None:
     assert f"| 4.56 ms | 1,234 ms, timm 1.2.3 {anchor} | 0.81 (0.70 to 0.90) |" in lion
     int8 = next(x for x in lines if "int8" in x)
     assert "4.56 ms, 2.03 bytes | 1,234 ms, 3.50 bytes, timm 1.2.3" in int8
-    assert "+2.6 % | +231 %" in next(x for x in lines if "added to a step that measures" in x)
-    assert "its interval holds in 95.5 %" in next(x for x in lines if "scale of 4,096" in x)
+    assert "+2.6 % | +231 %, timm 1.2.3: 4 of 32 samples, 10 of 28 tensors" in next(
+        x for x in lines if "added to a step that measures" in x
+    )
+    errors = "4.7 %, bias -1.2 %, 60 windows"
+    known = next(x for x in lines if "scale of 4,096" in x)
+    assert f"| {errors}; its interval holds in 95.5 % | {errors}; gns-pytorch 1.2.3, mean" in known
     assert lines[-3] == "Measured on Some CPU; torch 2.13.0, 2026-11-23, commit abc."
 
 
 def test_what_was_not_measured_is_left_out_and_named() -> None:
     rows = all_rows()
     del rows["ema"]
-    assert "EMA update" not in table.block(rows)
-    assert "EMA update" in table.missing(rows)
+    assert "`EMA` update" not in table.block(rows)
+    assert "`EMA` update" in table.missing(rows)
     assert table.block({}) == "No rows yet: `make bench` measures them."
+
+
+def test_a_check_fails_where_rows_are_there_but_not_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"{table.BEGIN}\n{table.END}\n")
+    monkeypatch.setattr(table, "README", page)
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    assert (table.main([]), table.main(["--check"])) == (0, 0)
+    rows = all_rows()
+    for name, each in rows.items():
+        named = [dict.fromkeys(contrastive.KEY, "") | x for x in each]
+        contrastive.write(named, tmp_path / f"bench_{name}.csv")
+    assert (table.main([]), table.main(["--check"])) == (0, 0)
+    (tmp_path / "bench_ema.csv").unlink()
+    capsys.readouterr()
+    assert (table.main([]), table.main(["--check"])) == (0, 1)
+    assert "no row: `EMA` update" in capsys.readouterr().out
+
+
+def test_a_peer_that_differs_is_marked_and_its_difference_told() -> None:
+    rows = all_rows()
+    lamb = next(x for x in rows["optimizers"] if x["thing"] == "LAMB")
+    rows["optimizers"].append(lamb | {"variant": "timm", "differs": "no bias correction"})
+    lines = table.block(rows).splitlines()
+    assert [x for x in lines if "timm 1.2.3 †" in x] == [x for x in lines if "| `LAMB`" in x]
+    assert lines[-1] == "† `LAMB`, a step: no bias correction."
+
+
+def test_pairs_of_a_round_are_drawn_together() -> None:
+    ratios = np.repeat(np.array([[1.0], [2.0], [3.0]]), 50, axis=1)
+    assert interval_of_rounds(ratios) == {"ratio": 2.0, "low": 1.0, "high": 3.0}
+    assert interval(ratios[:, 0]) == interval_of_rounds(ratios)
 
 
 def test_few_pairs_are_told_and_the_last_measurement_counts() -> None:
@@ -175,7 +218,7 @@ def test_averages_of_others_are_checked_before_they_are_timed(
     weights.kept = torch.nn.ParameterList(torch.randn(3, 2) for _ in range(4))
     _ema_peers.check(weights, 0.9)
     monkeypatch.setattr(_ema_peers.kernels, "ema_update_", lambda *_: None)
-    with pytest.raises(AssertionError, match=r"average of kernels\.ema_update_"):
+    with pytest.raises(AssertionError, match=r"average of callbacks\.EMA"):
         _ema_peers.check(weights, 0.9)
 
 
@@ -197,7 +240,18 @@ def test_windows_of_known_gradients_have_the_noise_scale_that_they_say() -> None
     found = noise_scale.our_errors(64, 4)
     assert abs(found["bias_mean"]) < 0.05
     assert found["windows"] == 4
+    assert found["error_median"] >= abs(found["bias_median"])
     noise_scale.check(64, steps=20)
+
+
+def test_intervals_that_hold_too_seldom_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert noise_scale.binomial_bounds(60, 0.95) == (50, 60)
+    narrow = noise_scale.our_window
+    monkeypatch.setattr(
+        noise_scale, "our_window", lambda *x: (y := narrow(*x))._replace(low=y.value, high=y.value)
+    )
+    with pytest.raises(AssertionError, match="0 of 4 intervals hold"):
+        noise_scale.our_errors(64, 4)
 
 
 def test_a_wrong_noise_scale_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ RECIPES = {
 }
 OPTIMIZER, CLIPPING = "--model.optimizer.init_args", "--trainer.callbacks.init_args.clipping"
 TRUST = f"{OPTIMIZER}.trust_coefficient"
-# What --tune tries of each recipe at the largest batch: rates at the batch of reference, and one more.
+# What --tune tries of each recipe at the largest batch; rates are those of the reference.
 GRID: dict[str, list[dict[str, float]]] = {
     "sgd": [{f"{OPTIMIZER}.lr": lr} for lr in (0.1, 0.3)],
     "linear": [{f"{OPTIMIZER}.lr": lr} for lr in (0.01, 0.02, 0.03, 0.1)],
@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         for batch in ([64] if recipe == "adaptive" else args.batches)
     ]
     rows = run_all(tasks, args.out / "study.csv", args.jobs)
-    figure, lines = args.out / "study.png", table(rows)
+    figure, lines = args.out / "image_classification.png", table(rows)
     show(COLUMNS, lines)
     draw(rows, newest(args.out, "adaptive-64-0"), figure)
     publish(args.out, lines, figure, args.wandb)

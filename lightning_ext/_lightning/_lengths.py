@@ -65,7 +65,7 @@ def _limited(trainer: Trainer, plan: EpochPlan) -> int:
     limit = trainer.limit_train_batches
     if isinstance(limit, float) and len(plan.segments) > 1:
         # A fraction means samples: as many as it was when the epoch began.
-        begun = plan.resized(0, *plan.segments[0][1:])
+        begun = plan.resized(*plan.segments[0])
         batches = int(begun.num_batches * limit)
         return plan.batches_to_cover(begun.span(batches - 1)[1])
     return int(_parse_num_batches(RunningStage.TRAINING, plan.num_batches, limit))

@@ -148,7 +148,7 @@ def test_a_fit_leaves_curves_a_figure_and_a_run_of_wandb() -> None:
     # Twice the batch is twice the rate, which begins at 0.03 of it.
     rates = [step["lr_scaled"] for step in steps()]
     assert rates[0] == pytest.approx(2 * 0.1 * 0.03)
-    assert (Path("runs/run/version_0/metrics.png")).read_bytes().startswith(b"\x89PNG")
+    assert (Path("runs/run/version_0/image_classification.png")).read_bytes().startswith(b"\x89PNG")
     offline = list(Path("runs/wandb").glob("offline-run-*/run-*.wandb"))
     assert len(offline) == (1 if find_spec("wandb") else 0)
 
@@ -220,7 +220,7 @@ def test_the_study_makes_each_run_once(capsys: pytest.CaptureFixture[str]) -> No
     assert again.pop("recipe") == row.pop("recipe")
     assert again == pytest.approx(row, rel=1e-5)
     assert Path("study/study.csv").read_text() == first
-    assert Path("study/study.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("study/image_classification.png").read_bytes().startswith(b"\x89PNG")
     assert "SGD, constant rate" in capsys.readouterr().out
 
 

@@ -219,7 +219,7 @@ def test_a_run_ends_with_a_table_and_logs_and_the_seed_decides(
     assert first[-1]["loss"] < first[0]["loss"]
     assert 0 < done.row["validation loss"] < math.log(256)
     folder = Path(done.trainer.loggers[0].log_dir)
-    assert (folder / "metrics.png").stat().st_size > 10_000
+    assert (folder / "language_model.png").stat().st_size > 10_000
     assert (folder / "config.yaml").exists()
     (logged,) = (tmp_path / "runs" / "language_model" / "wandb").glob("offline-run-*/*.wandb")
     written = logged.read_bytes()
@@ -324,4 +324,5 @@ def test_strategies_train_the_same_model(
         assert row[LOSS] == pytest.approx(same[LOSS], abs=0.02)
         assert row[f"{LOSS}, EMA"] == pytest.approx(same[f"{LOSS}, EMA"], abs=0.02)
     assert first[1][LOSS] == pytest.approx(first[0][LOSS], abs=1e-4)  # fsdp2 and ddp
-    assert (tmp_path / "runs" / "language_model" / "fsdp2" / "version_0" / "metrics.png").exists()
+    folder = tmp_path / "runs" / "language_model" / "fsdp2" / "version_0"
+    assert (folder / "language_model.png").exists()
