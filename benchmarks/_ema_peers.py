@@ -12,8 +12,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from benchmarks._peers import found_member, present
 from lightning_ext import kernels
+from lightning_ext.callbacks._averaged_weights import AveragedWeights
 
-OURS = "kernels.ema_update_"
+OURS = "callbacks.EMA"
+KERNEL, LERP = "kernels.ema_update_", "torch._foreach_lerp_"
 PACKAGES = ("ema_pytorch", "timm")
 
 
@@ -38,11 +40,27 @@ def averages(weights: nn.Module, decay: float) -> dict[str, Average]:
     return made
 
 
-def ours(weights: nn.Module, decay: float) -> Average:
-    """The update that `callbacks.EMA` does at a step."""
+def calls_of_lists(weights: nn.Module, decay: float) -> dict[str, Average]:
+    """Our kernel and torch's call, of lists that are there: no module is walked."""
     values: list[Tensor] = list(weights.parameters())
-    kept = [x.detach().clone() for x in values]
-    return Average(lambda: kernels.ema_update_(kept, values, decay), lambda: kept)
+    one, other = ([x.detach().clone() for x in values] for _ in range(2))
+    return {
+        KERNEL: Average(lambda: kernels.ema_update_(one, values, decay), lambda: one),
+        LERP: Average(lambda: torch._foreach_lerp_(other, values, 1 - decay), lambda: other),
+    }
+
+
+def ours(weights: nn.Module, decay: float) -> Average:
+    """What `callbacks.EMA` does in an update: it walks the module, too."""
+    average = AveragedWeights(weights)
+
+    def tensors() -> list[Tensor]:
+        average.swap_in(weights)
+        found = [x.detach().clone() for x in weights.parameters()]
+        average.swap_out(weights)
+        return found
+
+    return Average(partial(average.update, weights, decay), tensors)
 
 
 def of_torch(weights: nn.Module, **settings: Any) -> Average:
@@ -70,7 +88,7 @@ def of_timm(weights: nn.Module, decay: float) -> Average:
 @torch.no_grad()
 def check(weights: nn.Module, decay: float) -> None:
     """Assert that averages of weights that move are those in float64."""
-    made = averages(weights, decay)
+    made = averages(weights, decay) | calls_of_lists(weights, decay)
     truth = [x.detach().double() for x in weights.parameters()]
     for step in range(3):
         for x in weights.parameters():

@@ -7,8 +7,11 @@ Source: gns-pytorch 0.1.5, whose `compute_gns` takes the losses of single sample
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from inspect import signature
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +19,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks._peers import found_member
+from benchmarks._peers import found_member, found_module
 from benchmarks.callback_overhead import known_factor
 from examples.language_model.module import GPT
 from lightning_ext.callbacks import GradientNoiseScale
@@ -28,12 +31,16 @@ Source = Literal["micro_batches", "norm_layers", "per_sample"]
 PEER = "gns_pytorch"
 EVERY = 2  # steps: measured ones take turns with others
 WHOLE: dict[str, Any] = {"param_percentage": 1.0, "batch_percentage": 1.0}
+NO_GC = ", no gc.collect"
 # What is given to `compute_gns`, by the name of the row.
 PEERS: dict[str, dict[str, Any]] = {
     "gns-pytorch, defaults": {},
+    f"gns-pytorch, defaults{NO_GC}": {},
     "gns-pytorch, all parameters and samples": WHOLE,
+    f"gns-pytorch, all parameters and samples{NO_GC}": WHOLE,
     "gns-pytorch, all parameters and samples, vmap": WHOLE | {"use_vmap": True},
 }
+MICRO_BATCH, STEP = 16, 32  # samples; the peer has those of a micro-batch at a time
 DIM, PARTS, PART = 1024, 8, 8
 SAMPLES = PARTS * PART
 
@@ -75,6 +82,28 @@ class MeasuresItself(GPT):
                 self.average = 0.9 * self.average + 0.1 * found
         loss: Tensor = of_samples.mean()
         return loss
+
+
+@contextmanager
+def without_gc(out: bool = True) -> Iterator[None]:
+    """Take the peer's `gc.collect()`, one at each call, out for a while."""
+    module: Any = found_module(f"{PEER}.gns") if out else SimpleNamespace(gc=None)
+    kept, module.gc = module.gc, SimpleNamespace(collect=lambda: 0)
+    try:
+        yield
+    finally:
+        module.gc = kept
+
+
+def used_by(name: str) -> dict[str, str]:
+    """Samples and tensors that a peer's measurement uses, and those that a step has."""
+    tensors = sum(1 for _ in GPT().parameters())
+    known = signature(found_member(f"{PEER}.compute_gns")).parameters
+    parts = {key: x.default for key, x in known.items()} | PEERS[name]
+    drawn = max(min(tensors, 10), int(tensors * parts["param_percentage"]))
+    samples = max(2, int(MICRO_BATCH * parts["batch_percentage"]))
+    counts = (("samples_base", samples), ("samples", STEP), ("tensors_base", drawn))
+    return {key: str(count) for key, count in (*counts, ("tensors", tensors))}
 
 
 class Way(NamedTuple):
@@ -135,4 +164,5 @@ def peer_window(
     """As many of its values, each of 64 samples."""
     compute, model = found_member(f"{PEER}.compute_gns"), Known()
     batches = (draw(truth, SAMPLES, 1, generator) for _ in range(length))
-    return [compute(model(batch), model, **settings) for batch in batches]
+    with without_gc():  # its values are the same
+        return [compute(model(batch), model, **settings) for batch in batches]

@@ -42,6 +42,14 @@ def in_turn(
 
 def interval(ratios: Times) -> dict[str, float]:
     """Return the median of ratios and its 95 % bootstrap interval."""
+    return interval_of_rounds(ratios[:, None])
+
+
+def interval_of_rounds(ratios: Times) -> dict[str, float]:
+    """Return the median of ratios (rounds, pairs) and its 95 % interval, by drawing rounds.
+
+    Pairs of one round are of one process state, and resemble each other more than rounds do.
+    """
     draws = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    low, high = np.quantile(np.median(draws, axis=(1, 2)), [0.025, 0.975])
     return {"ratio": float(np.median(ratios)), "low": float(low), "high": float(high)}

@@ -12,6 +12,8 @@ Rows = dict[str, list[Row]]
 Cells = tuple[str, str, str]
 Show = Callable[[Row, list[Row]], Cells]
 
+MARK = "†"  # of a peer whose definition differs; a note below the table says in what
+
 # Columns of versions, by how the names of peers begin.
 VERSIONS = {
     "gns-pytorch": "gns_pytorch",
@@ -45,6 +47,12 @@ def ratio(row: Row) -> str:
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def differs(row: Row, rows: list[Row]) -> str:
+    """In what the definition of its peer differs from ours; empty where it does not."""
+    there = [x for x in rows if beside(row, x) and x["variant"] == row.get("base")]
+    return only(there).get("differs") or "" if there else ""
+
+
 def peer(base: str, row: Row) -> str:
     """The name of a peer with its version."""
     column = next((y for x, y in VERSIONS.items() if base.startswith(x)), None)
@@ -55,8 +63,9 @@ def peer(base: str, row: Row) -> str:
 
 
 def times(row: Row, rows: list[Row]) -> Cells:
-    """Times of a call."""
-    theirs = f"{three(row['ms_base'])} ms, {peer(row['base'], row)}"
+    """Times of a call, marked where the peer does something else."""
+    mark = f" {MARK}" if differs(row, rows) else ""
+    theirs = f"{three(row['ms_base'])} ms, {peer(row['base'], row)}{mark}"
     return f"{three(row['ms'])} ms", theirs, ratio(row)
 
 
@@ -87,25 +96,34 @@ def times_and_bytes(row: Row, rows: list[Row]) -> Cells:
     other = only([x for x in rows if beside(row, x) and x["variant"] == row["base"]])
     ours = f"{three(row['ms'])} ms, {three(row['bytes'])} bytes"
     theirs = f"{three(row['ms_base'])} ms, {three(other['bytes'])} bytes"
-    return ours, f"{theirs}, {peer(row['base'], row)}" + anchor(row, rows), ratio(row)
+    mark = f" {MARK}" if differs(row, rows) else ""
+    return ours, f"{theirs}, {peer(row['base'], row)}{mark}" + anchor(row, rows), ratio(row)
 
 
 def shares(row: Row, rows: list[Row]) -> Cells:
     """What measuring adds to a step, and the ratio of measured steps."""
-    theirs = f"{percent(row['share_base'])}, {peer(row['base'], row)}"
+    samples = f"{row['samples_base']} of {row['samples']} samples"
+    used = f"{samples}, {row['tensors_base']} of {row['tensors']} tensors"
+    theirs = f"{percent(row['share_base'])}, {peer(row['base'], row)}: {used}"
     return percent(row["share"]), theirs, ratio(row)
 
 
 def errors(row: Row, rows: list[Row]) -> Cells:
-    """Errors of windows, and how often the interval holds the truth."""
+    """Typical errors and biases of windows, and how often the interval holds the truth."""
     variant = "gns-pytorch, single samples"
     others = [x for x in rows if x["shape"] == row["shape"] and x["variant"] == variant]
     held = f"its interval holds in {100 * float(row['coverage']):.1f} %"
     if not others:
-        return f"{percent(row['bias_median'])}; {held}", "", ""
+        return f"{error(row)}; {held}", "", ""
     other = only(others)
-    theirs = f"{percent(other['bias_median'])}, {peer('gns-pytorch, mean of values', other)}"
-    return f"{percent(row['bias_median'])}; {held}", theirs, ""
+    theirs = f"{error(other)}; {peer('gns-pytorch, mean of values', other)}"
+    return f"{error(row)}; {held}", theirs, ""
+
+
+def error(row: Row) -> str:
+    """Medians over windows of errors without and with their signs."""
+    typical = percent(row["error_median"]).removeprefix("+")
+    return f"{typical}, bias {percent(row['bias_median'])}, {float(row['windows']):.0f} windows"
 
 
 def added(row: Row, rows: list[Row]) -> Cells:
@@ -164,14 +182,14 @@ def noise_time(words: str, source: str, other: str) -> Entry:
 def noise_accuracy(truth: int) -> Entry:
     """Known gradients."""
     key = ("noise scale, accuracy", "lightning_ext", "ratio of averages, 500")
-    words = f"Noise scale of {truth:,}: median error of 500 measurements"
+    words = f"Noise scale of {truth:,}: typical error from 500 measurements"
     shape = "64 samples each, known Gaussian gradients"
     return Entry(words, "noise_scale", (*key, f"truth={truth},batch=64"), errors, shape)
 
 
-def average(words: str, mode: str, shape: str) -> Entry:
+def average(words: str, mode: str, shape: str, variant: str = "callbacks.EMA") -> Entry:
     """An update of an average."""
-    return Entry(words, "ema", ("ema", "kernels.ema_update_", mode, shape), times)
+    return Entry(words, "ema", ("ema", variant, mode, shape), times)
 
 
 def step(name: str, shape: str = "16 x (256 x 256 + 256)") -> Entry:
@@ -208,18 +226,26 @@ ENTRIES = (
         "micro_batches",
         "gns-pytorch, defaults",
     ),
-    noise_time("The same from norm layers, factors known", "norm_layers", "gns-pytorch, defaults"),
+    noise_time("The same", "micro_batches", "gns-pytorch, defaults, no gc.collect"),
+    noise_time("From norm layers, factors known", "norm_layers", "gns-pytorch, defaults"),
     noise_time(
-        "The same from all gradients of single samples",
+        "From all gradients of single samples",
         "per_sample",
         "gns-pytorch, all parameters and samples",
     ),
+    noise_time("The same", "per_sample", "gns-pytorch, all parameters and samples, no gc.collect"),
     noise_accuracy(64),
     noise_accuracy(512),
     noise_accuracy(4096),
-    average("EMA update, beside the fastest", "beside the fastest", "800 x 2075"),
-    average("EMA update, beside the fastest", "beside the fastest", "96 x 512 x 256"),
-    average("EMA update", "beside Lightning EMAWeightAveraging", "800 x 2075"),
+    average("`EMA` update, beside the fastest", "beside the fastest", "800 x 2075"),
+    average("`EMA` update, beside the fastest", "beside the fastest", "96 x 512 x 256"),
+    average("`EMA` update", "beside Lightning EMAWeightAveraging", "800 x 2075"),
+    average(
+        "`ema_update_`, lists",
+        "beside torch._foreach_lerp_",
+        "800 x 2075",
+        "kernels.ema_update_",
+    ),
     step("LAMB"),
     step("LARS"),
     step("Lion"),

@@ -71,7 +71,7 @@ class Slice(NamedTuple):
 
 
 SLICES = {
-    "noise_scale": Slice("noise_scale", ("--pairs", "{pairs}"), 40, 600),
+    "noise_scale": Slice("noise_scale", ("--pairs", "{pairs}"), 30, 600),
     "ema": Slice("ema", ("--beside", "--threads", "1", "--pairs", "{pairs}"), 100, 180),
     "optimizers": Slice(
         "optimizers",

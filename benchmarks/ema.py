@@ -10,8 +10,9 @@ is the time of the variant to that of `base`.
     pip install --target /tmp/peers --no-deps ema-pytorch timm
     PYTHONPATH=.:/tmp/peers python benchmarks/ema.py --beside
 
-times our average and those of other packages, all in turn and each in its fastest form, instead:
-a row for each of them as `base`, and one for the fastest.
+times the update of `callbacks.EMA` and those of other packages' classes, all in turn and each in
+its fastest form, instead: a row for each of them as `base`, and one for the fastest. One more row
+has our kernel beside torch's call, both of lists that are there.
 """
 
 from __future__ import annotations
@@ -199,20 +200,23 @@ def beside(weights: Weights, shape: str, threads: int, pairs: int) -> list[dict[
     kind = next(weights.parameters()).device.type
     _ema_peers.check(weights, DECAY)
     made = _ema_peers.averages(weights, DECAY)
-    times = in_turn({name: each.update for name, each in made.items()}, kind, pairs)
+    lists = _ema_peers.calls_of_lists(weights, DECAY)
+    times = in_turn({name: each.update for name, each in (made | lists).items()}, kind, pairs)
     medians = {name: float(np.median(x)) for name, x in times.items()}
     ours = _ema_peers.OURS
     best = min((x for x in made if x != ours), key=lambda name: medians[name])
-    modes = {f"beside {name}": name for name in made if name != ours}
+    compared = [(ours, f"beside {name}", name) for name in made if name != ours]
+    compared.append((ours, "beside the fastest", best))
+    compared.append((_ema_peers.KERNEL, f"beside {_ema_peers.LERP}", _ema_peers.LERP))
     rows = []
-    for mode, base in (modes | {"beside the fastest": best}).items():
-        key = ("ema", ours, mode, "float32", shape, name_of(kind, threads))
-        figures = interval(times[ours] / times[base])
-        figures |= {"ms": medians[ours], "ms_base": medians[base]}
+    for variant, mode, base in compared:
+        key = ("ema", variant, mode, "float32", shape, name_of(kind, threads))
+        figures = interval(times[variant] / times[base])
+        figures |= {"ms": medians[variant], "ms_base": medians[base]}
         texts = {column: f"{value:.4g}" for column, value in figures.items()}
         row = dict(zip(KEY, key, strict=True)) | {"base": base} | texts | {"pairs": str(pairs)}
         rows.append(row | describe() | versions_of(*_ema_peers.PACKAGES))
-        print(shape, mode, texts, flush=True)
+        print(shape, variant, mode, texts, flush=True)
     return rows
 
 

@@ -5,7 +5,8 @@
 
 What is in the table is declared in `_table_entries.py`, by the keys of rows; figures are only in
 the rows, `benchmarks/results/bench_*.csv`. An entry without its row, as of a peer that was not
-installed, is left out. Of several machines the row measured last counts.
+installed, is named and left out, and `--check` fails unless there are no rows at all. Of several
+machines the row measured last counts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._rows import ROOT
-from benchmarks._table_entries import ENTRIES, Entry, Rows
+from benchmarks._table_entries import ENTRIES, MARK, Entry, Rows, differs
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -48,7 +49,13 @@ def block(rows: Rows) -> str:
     if not there:
         return "No rows yet: `make bench` measures them."
     lines = [line(entry, row, rows) for entry, row in there.items()]
-    return "\n".join([HEAD, *lines, "", caption(there.values())])
+    return "\n".join([HEAD, *lines, "", caption(there.values()), *notes(there, rows)])
+
+
+def notes(there: dict[Entry, dict[str, str]], rows: Rows) -> list[str]:
+    """Return in what marked peers differ."""
+    found = {entry: differs(row, rows[entry.slice]) for entry, row in there.items()}
+    return [f"{MARK} {entry.thing}: {text}." for entry, text in found.items() if text]
 
 
 def line(entry: Entry, row: dict[str, str], rows: Rows) -> str:
@@ -91,17 +98,20 @@ def put(text: str, inside: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Write the block, or compare it; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if it differs")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; 1 if it differs or lacks"
+    )
     check = parser.parse_args(arguments).check
     rows = rows_of(RESULTS)
-    for thing in missing(rows):
+    lacking = missing(rows)
+    for thing in lacking:
         print(f"no row: {thing}")
     text = README.read_text(encoding="utf-8")
     wanted = put(text, block(rows))
     if check:
         if wanted != text:
             print("README.md differs from the rows; python benchmarks/table.py writes it")
-        return int(wanted != text)
+        return int(wanted != text or bool(rows and lacking))
     README.write_text(wanted, encoding="utf-8")
     return 0
 
