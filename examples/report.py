@@ -10,15 +10,19 @@ import numpy as np
 import rich
 from lightning.pytorch.loggers import Logger, WandbLogger
 from matplotlib.figure import Figure
-from rich.table import Table
+from rich.table import Column, Table
 
-FORMS = {"seconds": ".1f", "accuracy": ".2%", "accuracy, EMA": ".2%"}
+FORMS = {"seconds": ".1f", "accuracy": ".2%"}
 
 
 def show(name: str, row: Mapping[str, Any]) -> None:
-    """Prints one run as a table of one line."""
-    table = Table("run", *row)
-    table.add_row(name, *(written(key, value) for key, value in row.items()))
+    """Prints what a run came to, with what it measured of the averaged weights beside."""
+    columns = "", name, "with EMA"
+    table = Table(*(Column(c, justify="right" if k else "left") for k, c in enumerate(columns)))
+    for key in (key for key in row if not key.endswith(", EMA")):
+        averaged = row.get(f"{key}, EMA")
+        beside = "" if averaged is None else written(key, averaged)
+        table.add_row(key, written(key, row[key]), beside)
     rich.print(table)
 
 
@@ -49,7 +53,7 @@ def draw_run(metrics: Path, path: Path) -> Path | None:
         _band(noise, seen, rows, name)
     titles = "global batch", "noise scale", "learning rate", "training loss"
     for axes, title in zip((batch, noise, lr, loss), titles, strict=True):
-        axes.set(title=title, xlabel="samples", yscale="log")
+        axes.set(title=title, xlabel="samples", yscale="linear" if axes is loss else "log")
     figure.savefig(path, dpi=100)
     return path
 
@@ -59,6 +63,9 @@ def _band(axes: Any, seen: Any, rows: Any, name: str) -> None:
     (line,) = axes.plot(seen, value, label=name)
     low, high = np.fmax(rows[f"{name}_low"], 1), np.fmin(rows[f"{name}_high"], 1e5)
     axes.fill_between(seen, low, high, color=line.get_color(), alpha=0.2)
+    if (shown := rows[name][rows[name] > 0]).size:  # intervals may have no end
+        bottom, top = axes.get_ylim() if len(axes.lines) > 1 else (np.inf, 0)
+        axes.set_ylim(min(bottom, shown.min() / 4), max(top, shown.max() * 4))
     axes.legend()
 
 

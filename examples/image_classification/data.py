@@ -106,6 +106,8 @@ class Images(LightningDataModule):
             raise ValueError(f"name={name!r}; choose one of digits, cifar10, imagenet")
         if folder is None and name != "digits":
             raise ValueError(f"name={name!r} needs the folder of its files. Hint: --data.folder")
+        if micro_batch < 1:
+            raise ValueError(f"micro_batch was {micro_batch}; it must be at least 1.")
         self.micro_batch, self.num_workers = micro_batch, num_workers
         self.collate = Normalized(MEANS[name], STDS[name]) if name in MEANS else default_collate
         self.train: Dataset[Any]

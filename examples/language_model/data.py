@@ -82,6 +82,8 @@ class TextFolder(LightningDataModule):
         vocabulary: int = 256,
     ) -> None:
         super().__init__()
+        if micro_batch < 1:
+            raise ValueError(f"micro_batch was {micro_batch}; it must be at least 1.")
         self.micro_batch = micro_batch
         root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else Path(folder)
         skipped = NOT_SOURCES if folder is None else set()
