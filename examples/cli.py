@@ -79,7 +79,7 @@ class ProjectCLI(LightningCLI):
             project=self.setting("project"),
             group=self.setting("group"),
             name=self.setting("name"),
-            dir=self.setting("out"),
+            dir=self.setting("out").resolve(),  # the service may be in another folder
             mode=mode,
             settings=wandb.Settings(silent=mode == "offline", console="off"),
         )

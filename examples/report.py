@@ -63,7 +63,7 @@ def _band(axes: Any, seen: Any, rows: Any, name: str) -> None:
     (line,) = axes.plot(seen, value, label=name)
     low, high = np.fmax(rows[f"{name}_low"], 1), np.fmin(rows[f"{name}_high"], 1e5)
     axes.fill_between(seen, low, high, color=line.get_color(), alpha=0.2)
-    if (shown := rows[name][rows[name] > 0]).size:  # intervals may have no end
+    if (shown := value[np.isfinite(value)]).size:  # intervals may have no end
         bottom, top = axes.get_ylim() if len(axes.lines) > 1 else (np.inf, 0)
         axes.set_ylim(min(bottom, shown.min() / 4), max(top, shown.max() * 4))
     axes.legend()

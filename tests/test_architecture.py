@@ -17,6 +17,7 @@ TEST_FILES = sorted((ROOT / "tests").rglob("test_*.py"))
 OPEN_TO_TESTS = (
     "lightning_ext._lightning",
     "lightning_ext._require",
+    "lightning_ext._strategy_names",
     "lightning_ext.kernels._triton",
     # Orders of actions, which are compared with torch's own.
     "lightning_ext.scaling._pipeline",

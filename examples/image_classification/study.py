@@ -218,7 +218,7 @@ def publish(out: Path, lines: list[list[str]], figure: Path, mode: str) -> None:
         return
     settings = wandb.Settings(silent=mode == "offline", console="off")
     names: dict[str, Any] = {"project": "lightning_ext-image_classification", "name": "study"}
-    run = wandb.init(**names, group="study", dir=out, mode=mode, settings=settings)
+    run = wandb.init(**names, group="study", dir=out.resolve(), mode=mode, settings=settings)
     run.log({"study": wandb.Table(columns=COLUMNS, data=lines), "figure": wandb.Image(str(figure))})
     run.finish()
 

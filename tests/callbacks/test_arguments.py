@@ -35,7 +35,7 @@ CASES: list[tuple[Any, str, list[Any]]] = [
     (adaptive, "rescale_last_window", ["no"]),
     (adaptive, "scale_weight_decay", [None]),
     (adaptive, "lr_rule", ["cubic", None]),
-    (adaptive, "source", ["gns", GradientNoiseScale]),
+    (adaptive, "source", [3, GradientNoiseScale]),
     (EMA, "decay", [*NUMBERS, 0, 1, -0.5]),
     (EMA, "every_n_steps", [*COUNTS, None]),
     (EMA, "reference_batch", COUNTS),

@@ -147,7 +147,7 @@ def test_a_fit_leaves_curves_a_figure_and_a_run_of_wandb() -> None:
     assert {"accuracy", "accuracy, EMA", "validation loss", "seconds"} <= cli.row.keys()
     # Twice the batch is twice the rate, which begins at 0.03 of it.
     rates = [step["lr_scaled"] for step in steps()]
-    assert rates[0] == pytest.approx(2 * 0.1 * 0.03)
+    assert rates[0] == pytest.approx(2 * 0.02 * 0.03)
     assert (Path("runs/run/version_0/image_classification.png")).read_bytes().startswith(b"\x89PNG")
     offline = list(Path("runs/wandb").glob("offline-run-*/run-*.wandb"))
     assert len(offline) == (1 if find_spec("wandb") else 0)
